@@ -1,0 +1,48 @@
+// crop_masks on the CPU. Equivalent to: crop_masks_ref in r2o.py, flip(roi_align(one_hot(m), boxes * w, size)).
+//
+// No one-hot map: RoIAlign is separable, so each bin visits the few pixels that have a tap in y and in x and adds the
+// product to the entry of the pixel's own cluster. One task per image.
+#include <ATen/Parallel.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../common.h"
+
+namespace r2o {
+
+Tensor crop_masks_cpu(const Tensor& masks, const Tensor& boxes, const Tensor& flips, int64_t num_clusters, int64_t size) {
+  check_crop_masks(masks, boxes, flips, num_clusters, size);
+  const int64_t B = masks.size(0), h = masks.size(1), w = masks.size(2), K = num_clusters, S = size;
+  const Tensor ids = masks.to(at::kLong).contiguous(), box = boxes.contiguous(), flip = flips.contiguous();
+  const auto* id = ids.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < ids.numel(); ++i) TORCH_CHECK(id[i] >= 0 && id[i] < K, "cluster ids must lie in [0, ", K, "), got ", id[i]);
+
+  Tensor weights = at::zeros({B, K, S, S}, boxes.options());
+  auto* out = weights.mutable_data_ptr<float>();
+  at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> taps_y(h), taps_x(w);
+    for (int64_t b = begin; b < end; ++b) {
+      const auto* xyxy = box.const_data_ptr<float>() + b * 4;
+      const bool mirrored = flip.const_data_ptr<bool>()[b];
+      for (int64_t i = 0; i < S; ++i) {
+        std::fill(taps_y.begin(), taps_y.end(), 0.0f);
+        roi_taps(xyxy[1] * h, xyxy[3] * h, S, i, h, taps_y.data());
+        for (int64_t j = 0; j < S; ++j) {
+          std::fill(taps_x.begin(), taps_x.end(), 0.0f);
+          roi_taps(xyxy[0] * w, xyxy[2] * w, S, mirrored ? S - 1 - j : j, w, taps_x.data());
+          for (int64_t y = 0; y < h; ++y)
+            if (taps_y[y] != 0.0f)
+              for (int64_t x = 0; x < w; ++x) out[((b * K + id[(b * h + y) * w + x]) * S + i) * S + j] += taps_y[y] * taps_x[x];
+        }
+      }
+    }
+  });
+  return weights;
+}
+
+TORCH_LIBRARY_IMPL(r2o, CPU, m) { m.impl("crop_masks", &crop_masks_cpu); }
+
+}  // namespace r2o

@@ -1,0 +1,23 @@
+// The one place where the ops of r2o.py are declared. What each computes: its `_ref` in r2o.py. How: cpu/<op>.cpp and
+// cuda/<op>.cu, which register themselves for their device. Autograd and shape inference are in r2o.py.
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+TORCH_LIBRARY(r2o, m) {
+  m.def("region_pool(Tensor features, Tensor regions, int num_regions) -> (Tensor embeddings, Tensor area)");
+  m.def("kmeans(Tensor points, Tensor valid, Tensor uniforms, int max_iters) -> (Tensor centers, Tensor assignment)");
+  m.def("crop_masks(Tensor masks, Tensor boxes, Tensor flips, int num_clusters, int size) -> Tensor");
+  m.def("mask_pool(Tensor features, Tensor weights, Tensor pairs) -> Tensor");
+  m.def("mask_pool_backward(Tensor grad, Tensor weights, Tensor pairs) -> Tensor");
+}
+
+PYBIND11_MODULE(r2o_C, m) {
+  m.doc() = "The compiled ops of r2o.py, as torch.ops.r2o.*; these attributes tell what they were built with.";
+  m.attr("torch_version") = TORCH_VERSION;
+#ifdef R2O_WITH_CUDA
+  m.attr("with_cuda") = true;
+#else
+  m.attr("with_cuda") = false;
+#endif
+}

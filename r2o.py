@@ -1,0 +1,940 @@
+"""R2O: Region-to-Object representation learning (arXiv 2208.11821), in one file and in the paper's order:
+
+    masks -> K-means -> pooling -> networks -> loss -> curriculum -> data
+
+Every step, R2O (1) pools the target network's C4 features over small superpixels, clusters those region
+embeddings with K-means and so draws a mask of every image, and (2) trains an encoder BYOL-style so that the
+features pooled inside each mask agree between two augmented views. K falls from 128 to 4: first regions, later objects.
+
+The letters are the paper's; shapes stand as trailing comments.
+
+    B C H W   batch, channels, feature-map height and width        G N D   K-means problems, points in each, dimensions
+    R K P     regions per image, clusters now, (image, mask) pairs h w     a label map's height and width, in pixels
+
+Each op below has a plain PyTorch `<op>_ref`, which defines it, and a C++ and a CUDA twin in csrc/ that must agree
+with it. `extension()` tells which of them runs. Pooling and K-means compute in float32 (float64 for float64
+input), also for half-precision input and inside autocast.
+"""
+
+import copy
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.models.resnet import BasicBlock
+from torchvision.ops import roi_align
+from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+if importlib.util.find_spec("r2o_C") is None:
+    r2o_C = None  # not built: the references run
+else:
+    try:
+        import r2o_C
+    except ImportError as e:  # built, but for another PyTorch or half-built: never pass that over in silence
+        raise ImportError(
+            f"r2o_C is there but does not load ({e}); rebuild: python setup.py build_ext --inplace"
+        ) from e
+
+
+class UsageError(ValueError):
+    """Bad arguments or data: one line that says what was wrong, what was expected and what to do."""
+
+
+def extension(device: str | torch.device | None = None) -> str:
+    """Which code runs the ops on `device` (default: the GPU where there is one): "cuda", "cpp" or "python"."""
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    if r2o_C is not None and kind == "cpu":
+        return "cpp"
+    return "cuda" if r2o_C is not None and kind == "cuda" and r2o_C.with_cuda else "python"
+
+
+def _op(name: str, x: Tensor):
+    """The op `name` for x's device: the compiled one if it was built, else its reference."""
+    return globals()[f"{name}_ref"] if extension(x.device) == "python" else getattr(torch.ops.r2o, name)
+
+
+def _full(x: Tensor) -> Tensor:
+    """x in the precision that pooling and clustering compute in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _full_precision(x: Tensor):
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _check(ok: bool, message: str):
+    if not ok:
+        raise ValueError(message)
+
+
+def _expect(name: str, x: Tensor, kind: str, *shape: int | None, device: torch.device | None = None):
+    """x must hold `kind` ("float", "integer" or "bool"), have this shape (None: any size), and be on this device."""
+    got = "float" if x.is_floating_point() else "bool" if x.dtype == torch.bool else "integer"
+    fits = x.ndim == len(shape) and all(want in (None, n) for n, want in zip(x.shape, shape, strict=True))
+    wanted = ", ".join("any" if n is None else str(n) for n in shape)
+    _check(got == kind and fits, f"{name} must be {kind} of shape ({wanted}), got {x.dtype} {tuple(x.shape)}")
+    _check(device in (None, x.device), f"{name} is on {x.device}, the rest on {device}")
+
+
+def _check_ids(name: str, ids: Tensor, count: int):
+    """Ids lie in [0, count). Not checked on a GPU, where reading them would stall it: the compiled ops leave ids that
+    are out of range out of every sum."""
+    if ids.device.type == "cpu" and ids.numel():
+        low, high = (int(v) for v in torch.aminmax(ids))
+        _check(0 <= low and high < count, f"{name} must lie in [0, {count}), got {low} to {high}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks, 1: the region-level prior (Sec. 3.1; A.7)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def slic_regions(image, num_segments: int = 100, size: int = 56) -> np.ndarray:
+    """SLIC superpixels of one image, as a coarse map. Sec. 3.1.
+
+    image: PIL image, uint8 or [0, 1] float array (h, w, 3), or tensor (3, h, w). It is resized to (4 size)^2, 224 x 224
+    by default, segmented as RGB in [0, 1], and every 4th pixel kept.
+    Returns uint8 (size, size) with ids 0 … n - 1, all of them used; n is near num_segments, usually below.
+    Raises ValueError where more than 256 come out.
+    """
+    from skimage.segmentation import slic  # takes half a second to import; only preparing data needs it
+
+    if isinstance(image, np.ndarray) and np.issubdtype(image.dtype, np.floating):
+        image = (image * 255).round().astype(np.uint8)
+    if not isinstance(image, Image.Image):
+        image = TF.to_pil_image(image)
+    side = 4 * size
+    rgb = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    segments = slic(np.asarray(rgb, dtype=np.float32) / 255, n_segments=num_segments, start_label=0)
+    names, ids = np.unique(segments[2::4, 2::4], return_inverse=True)
+    _check(
+        len(names) <= 256, f"SLIC gave {len(names)} regions, a uint8 map holds 256: ask for fewer than {num_segments}"
+    )
+    return ids.reshape(size, size).astype(np.uint8)
+
+
+def grid_regions(cells: int = 14, size: int = 56) -> np.ndarray:
+    """The prior without an image: cells x cells square patches, uint8 (size, size). A.7."""
+    row = np.arange(size) * cells // size
+    return (row[:, None] * cells + row).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks, 2: region embeddings, Eq. (3)'s p_i
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def region_pool_ref(features: Tensor, regions: Tensor, num_regions: int) -> tuple[Tensor, Tensor]:
+    B, _, H, W = features.shape
+    h, w = regions.shape[1:]
+    cell = (torch.arange(h) // (h // H))[:, None] * W + torch.arange(w) // (w // W)  # (h, w)
+    ids = regions.long()
+    ids = torch.where((ids < 0) | (ids >= num_regions), num_regions, ids)  # one more bin, dropped below
+    index = (ids * (H * W) + cell.to(ids.device)).flatten(1)  # (B, h w)
+    pixels = features.new_zeros(B, (num_regions + 1) * H * W, dtype=_full(features[:0]).dtype)
+    pixels.scatter_add_(1, index, torch.ones_like(index, dtype=pixels.dtype))
+    share = pixels.view(B, num_regions + 1, H * W)[:, :num_regions] / (h * w / (H * W))  # (B, R, HW)
+    area = share.sum(2)  # (B, R)
+    p = torch.einsum("brn,bcn->brc", share, _full(features).flatten(2))
+    return p / torch.where(area > 0, area, 1)[..., None], area
+
+
+def region_pool(features: Tensor, regions: Tensor, num_regions: int) -> tuple[Tensor, Tensor]:
+    """Mean feature of every region, each feature cell weighted by the share of it that the region covers. Sec. 3.1.
+
+    features: (B, C, H, W) floating point. regions: (B, h, w) integer ids < num_regions, H | h and W | w.
+    Returns embeddings (B, R, C), zero for an absent region, and area (B, R) in feature cells, 0 = absent.
+    No gradient: the target network is not trained. Raises ValueError for input that does not fit.
+    """
+    _expect("features", features, "float", None, None, None, None)
+    _expect("regions", regions, "integer", len(features), None, None, device=features.device)
+    (H, W), (h, w) = features.shape[2:], regions.shape[1:]
+    _check(H * W * h * w > 0 and h % H == w % W == 0, f"a region map of {h} x {w} does not tile features of {H} x {W}")
+    _check(num_regions > 0, f"num_regions must be positive, got {num_regions}")
+    _check_ids("region ids", regions, num_regions)
+    with _full_precision(features), torch.no_grad():
+        return _op("region_pool", features)(features, regions, num_regions)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# K-means, Eq. (3)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cluster_scores(points: Tensor, centers: Tensor) -> Tensor:
+    """(G, N, D), (G, K, D) -> (G, N, K): x·mu - |mu|²/2, largest for the nearest centre; |x - mu|² = |x|² - 2 score."""
+    return torch.baddbmm(-centers.square().sum(-1)[:, None] / 2, points, centers.mT)
+
+
+def seeding_uniforms(groups: int, num_clusters: int, generator=None, device=None) -> Tensor:
+    """The random numbers one K-means needs, drawn in one call so that all implementations seed alike: (G, K, T),
+    with T = 2 + floor(ln K) candidates for each seed (greedy k-means++)."""
+    device = generator.device if generator is not None else device
+    return torch.rand(
+        groups, num_clusters, 2 + int(math.log(num_clusters)), dtype=torch.float64, generator=generator, device=device
+    )
+
+
+def kmeans_ref(points: Tensor, valid: Tensor, uniforms: Tensor, max_iters: int) -> tuple[Tensor, Tensor]:
+    (G, N, D), K = points.shape, uniforms.shape[1]
+    if N == 0:
+        return points.new_zeros(G, K, D), valid.new_zeros(G, 0, dtype=torch.long)
+    points = torch.where(valid[..., None], points, 0)  # whatever the others hold
+    g = torch.arange(G, device=points.device)[:, None]
+    sq = points.square().sum(-1, keepdim=True)  # (G, N, 1)
+    spare = torch.arange(K, device=points.device) >= valid.sum(1, keepdim=True)  # (G, K): more clusters than points
+
+    # Greedy k-means++: a point becomes a candidate with probability proportional to its squared distance from the
+    # seeds so far; of T candidates the one that leaves the least total distance becomes the next seed.
+    weight = valid.double()  # (G, N)
+    distance = torch.full_like(sq[..., 0], math.inf)  # (G, N)
+    seeds = []
+    for k in range(K):
+        mass = weight.cumsum(1)
+        total = mass[:, -1:]
+        u = torch.minimum(uniforms[:, k] * total, torch.nextafter(total, torch.zeros_like(total)))
+        pick = torch.searchsorted(mass, u, right=True)  # (G, T), never a point of weight 0 …
+        pick = torch.where(total > 0, pick, seeds[0][:, None] if seeds else 0)  # … unless no other is left
+        d = (sq - 2 * cluster_scores(points, points[g, pick])).clamp(min=0).minimum(distance[..., None])  # (G, N, T)
+        best = (d.double() * valid[..., None]).sum(1).argmin(1)  # (G,)
+        distance = d[g[:, 0], :, best]
+        weight = distance.double() * valid
+        seeds.append(pick[g[:, 0], best])
+    centers = points[g, torch.stack(seeds, 1)]  # (G, K, D)
+
+    # Lloyd. Once no point changes cluster, a further iteration changes nothing.
+    for i in range(max_iters + 1):
+        assign = cluster_scores(points, centers).masked_fill(spare[:, None], -math.inf).argmax(2)  # (G, N)
+        if i < max_iters:
+            member = F.one_hot(assign, K).to(points.dtype) * valid[..., None]  # (G, N, K)
+            size = member.sum(1)[..., None]  # (G, K, 1)
+            centers = torch.where(size > 0, (member.mT @ points) / size.clamp(min=1), centers)  # emptied: stays
+    centers = torch.where(spare[..., None], centers[:, :1], centers)
+    return centers, torch.where(valid, assign, -1)
+
+
+def kmeans(
+    points: Tensor,
+    num_clusters: int,
+    valid: Tensor | None = None,
+    max_iters: int = 20,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Lloyd's K-means from greedy k-means++ seeds, many problems at once. Eq. (3).
+
+    points: (G, N, D) floating point, one problem per group. valid: (G, N) bool, the points that count (default all;
+    rows that are not finite never count). Stops where no point changes cluster, at the latest after max_iters.
+    Returns centers (G, K, D), float32 or float64, and assignment (G, N), the id of the nearest centre, -1 where not
+    valid. An emptied cluster keeps its centre. A group with fewer than K valid points has that many clusters; its
+    spare centres repeat centre 0 and own nothing. Nothing is ever NaN. Raises ValueError for input that does not fit.
+    """
+    _expect("points", points, "float", None, None, None)
+    _check(num_clusters >= 1, f"num_clusters must be at least 1, got {num_clusters}")
+    _check(max_iters >= 0, f"max_iters must not be negative, got {max_iters}")
+    finite = points.isfinite().all(-1)
+    valid = finite if valid is None else valid
+    _expect("valid", valid, "bool", *points.shape[:2], device=points.device)
+    uniforms = seeding_uniforms(len(points), num_clusters, generator, points.device)
+    return _kmeans(points.detach(), valid & finite, uniforms.to(points.device), max_iters)
+
+
+def _kmeans(points: Tensor, valid: Tensor, uniforms: Tensor, max_iters: int) -> tuple[Tensor, Tensor]:
+    """kmeans() after its checks. Clusters about the mean: distances come from dot products, which lose their last
+    digits where all points lie on one side of the origin, as features behind a ReLU do."""
+    with _full_precision(points):
+        x = torch.where(valid[..., None], _full(points), 0)
+        mean = x.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None]
+        x = torch.where(valid[..., None], x - mean, 0)
+        centers, assign = _op("kmeans", x)(x, valid, uniforms, max_iters)
+        return centers + mean, assign
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pooling in masks (Sec. 3.2)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def crop_masks_ref(masks: Tensor, boxes: Tensor, flips: Tensor, num_clusters: int, size: int) -> Tensor:
+    B, h, w = masks.shape
+    one_hot = (masks[:, None] == torch.arange(num_clusters, device=masks.device)[:, None, None]).float()  # (B, K, h, w)
+    xyxy = boxes.float() * torch.tensor([w, h, w, h], device=boxes.device)
+    image = torch.arange(B, device=boxes.device, dtype=torch.float32)[:, None]
+    weights = roi_align(one_hot, torch.cat([image, xyxy], 1), size, aligned=True)
+    return torch.where(flips[:, None, None, None], weights.flip(-1), weights)
+
+
+def crop_masks(masks: Tensor, boxes: Tensor, flips: Tensor, num_clusters: int, size: int) -> Tensor:
+    """The masks m as one view sees them (m1 or m2): RoIAlign of one-hot m with the view's box, mirrored with the view.
+
+    masks: (B, h, w) integer cluster ids < num_clusters. boxes: (B, 4), xyxy in [0, 1] of the full image. flips: (B,)
+    bool. Returns float32 weights (B, K, size, size) in [0, 1]. Raises ValueError for input that does not fit.
+    Equivalent to: flip(torchvision.ops.roi_align(one_hot(m), boxes * [w, h, w, h], size, aligned=True)).
+    """
+    _expect("masks", masks, "integer", None, None, None)
+    _expect("boxes", boxes, "float", len(masks), 4, device=masks.device)
+    _expect("flips", flips, "bool", len(masks), device=masks.device)
+    _check(num_clusters > 0 and size > 0, f"num_clusters and size must be positive, got {num_clusters} and {size}")
+    _check_ids("cluster ids", masks, num_clusters)
+    with _full_precision(boxes):
+        return _op("crop_masks", boxes)(masks, boxes.float(), flips, num_clusters, size)
+
+
+def mask_pool_ref(features: Tensor, weights: Tensor, pairs: Tensor) -> Tensor:
+    w = _full(weights.detach()).flatten(2)  # (B, K, HW)
+    w = w.to(_full(features[:0]).dtype)
+    total = w.sum(2, keepdim=True)
+    h = torch.einsum("bkn,bcn->bkc", w, _full(features).flatten(2)) / torch.where(total > 0, total, 1)
+    return h[pairs[:, 0], pairs[:, 1]]  # (P, C)
+
+
+def mask_pool(features: Tensor, weights: Tensor, pairs: Tensor) -> Tensor:
+    """Weighted mean of the features inside masks, one packed row per (image, mask) pair: the h of Sec. 3.2.
+
+    features: (B, C, H, W). weights: (B, K, H, W), a mask's share of each cell. pairs: (P, 2) int64, (image, cluster).
+    Returns (P, C), float32 or float64; zero where a mask has no weight. The gradient goes to the features only: masks
+    are not trained. Raises ValueError for input that does not fit.
+    """
+    _expect("features", features, "float", None, None, None, None)
+    B, _, H, W = features.shape
+    _expect("weights", weights, "float", B, None, H, W, device=features.device)
+    _expect("pairs", pairs, "integer", None, 2, device=features.device)
+    _check_ids("images in pairs", pairs[:, 0], B)
+    _check_ids("clusters in pairs", pairs[:, 1], weights.shape[1])
+    with _full_precision(features):
+        return _op("mask_pool", features)(features, weights.to(_full(features[:0]).dtype), pairs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What PyTorch must know of the compiled ops: the shapes they return (torch.compile) and mask_pool's gradient
+# ---------------------------------------------------------------------------------------------------------------------
+
+if r2o_C is not None:
+
+    @torch.library.register_fake("r2o::region_pool")
+    def _(features, regions, num_regions):
+        B, C = features.shape[:2]
+        full = _full(features[:0])
+        return full.new_empty(B, num_regions, C), full.new_empty(B, num_regions)
+
+    @torch.library.register_fake("r2o::kmeans")
+    def _(points, valid, uniforms, max_iters):
+        return points.new_empty(len(points), uniforms.shape[1], points.shape[2]), valid.new_empty(
+            valid.shape, dtype=torch.long
+        )
+
+    @torch.library.register_fake("r2o::crop_masks")
+    def _(masks, boxes, flips, num_clusters, size):
+        return boxes.new_empty(len(masks), num_clusters, size, size)
+
+    @torch.library.register_fake("r2o::mask_pool")
+    def _(features, weights, pairs):
+        return weights.new_empty(len(pairs), features.shape[1])
+
+    @torch.library.register_fake("r2o::mask_pool_backward")
+    def _(grad, weights, pairs):
+        B, _, H, W = weights.shape
+        return grad.new_empty(B, H, W, grad.shape[1]).permute(0, 3, 1, 2)
+
+    def _mask_pool_setup(ctx, inputs, output):
+        features, weights, pairs = inputs
+        ctx.save_for_backward(weights, pairs)
+        ctx.dtype = features.dtype
+
+    def _mask_pool_backward(ctx, grad):
+        return torch.ops.r2o.mask_pool_backward(grad, *ctx.saved_tensors).to(ctx.dtype), None, None
+
+    torch.library.register_autograd("r2o::mask_pool", _mask_pool_backward, setup_context=_mask_pool_setup)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks (Sec. 3.2; A.1)
+# ---------------------------------------------------------------------------------------------------------------------
+
+ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "tiny")
+
+
+class Tiny(nn.Module):
+    """An encoder for 64-pixel images on a laptop: four residual blocks of 16 … 128 channels; C4 has stride 4, C5 8."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
+        self.bn1, self.relu, self.maxpool = nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.Identity()
+        for i, (cin, cout, stride) in enumerate([(16, 16, 1), (16, 32, 2), (32, 64, 1), (64, 128, 2)]):
+            down = (
+                nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+                if cin != cout
+                else None
+            )
+            setattr(self, f"layer{i + 1}", nn.Sequential(BasicBlock(cin, cout, stride, down)))
+
+
+def build_encoder(arch: str) -> nn.Module:
+    """A torchvision ResNet (its own parameter names) without the classifier, or `tiny`."""
+    if arch not in ARCHS:
+        raise UsageError(f"no encoder {arch!r}: choose one of {', '.join(ARCHS)}")
+    if arch == "tiny":
+        return Tiny()
+    net = models.get_model(arch, weights=None)
+    del net.fc, net.avgpool
+    return net
+
+
+def encode_c4(net: nn.Module, x: Tensor) -> Tensor:
+    """Images (B, 3, S, S) -> C4, the output of layer3: (B, 1024, S/16, S/16) for ResNet-50."""
+    x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+    return net.layer3(net.layer2(net.layer1(x)))
+
+
+def encode(net: nn.Module, x: Tensor) -> Tensor:
+    """Images (B, 3, S, S) -> C5, the output of layer4: (B, 2048, S/32, S/32) for ResNet-50."""
+    return net.layer4(encode_c4(net, x))
+
+
+def load_encoder(ckpt: str, arch: str | None = None) -> tuple[nn.Module, str]:
+    """An encoder in eval mode and a line about what it holds.
+
+    ckpt: r2o.pth, a training checkpoint (its online encoder), any torchvision ResNet's state dict (say which with
+    arch), or "random". Raises UsageError unless every tensor of the encoder is matched.
+    """
+    if ckpt == "random":
+        torch.manual_seed(0)
+        return build_encoder(arch or "resnet50").eval(), f"{arch or 'resnet50'}, randomly initialised"
+    try:
+        file = torch.load(ckpt, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(
+            f"no such checkpoint: {ckpt}; expected r2o.pth, last.pth, a torchvision state dict, or the word random"
+        ) from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise UsageError(f"{ckpt} is not a checkpoint that can be loaded safely ({str(e).splitlines()[0]})") from None
+    file = file if isinstance(file, dict) else {}
+    meant = file.get("arch") or file.get("args", {}).get("arch") or arch or "resnet50"
+    if arch not in (None, meant):
+        raise UsageError(f"{ckpt} holds a {meant}, not a {arch}: leave --arch out")
+    net = build_encoder(meant)
+    prefix = "online.encoder." if "model" in file else ""
+    state = file.get("model") or file.get("state_dict") or file
+    state = {name.removeprefix("module.").removeprefix(prefix): v for name, v in state.items() if prefix in name}
+    own = net.state_dict()
+    matched = [name for name, v in own.items() if getattr(state.get(name), "shape", None) == v.shape]
+    missing = [name for name in own if name not in matched]
+    if missing:
+        raise UsageError(
+            f"{ckpt} matches {len(matched)} of {len(own)} tensors of {meant} (not {missing[0]}): pass its --arch"
+        )
+    net.load_state_dict({name: state[name] for name in own})
+    return net.eval(), f"{meant} from {ckpt}: {len(matched)} of {len(own)} tensors matched"
+
+
+def mlp(cin: int, hidden: int, cout: int) -> nn.Module:
+    """Projector and predictor. A.1."""
+    return nn.Sequential(nn.Linear(cin, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, cout))
+
+
+class R2O(nn.Module):
+    """Online and target networks, mask prediction and the loss of one step.
+
+    arch: one of ARCHS. num_regions: region ids are below it. kmeans_group: images that share one K-means (a batch is a
+    multiple of it, or smaller). kmeans_iters: Lloyd iterations. assign: "pixel" gives each C4 pixel its nearest centre
+    (Sec. 3.1); "region" gives each region its cluster, at the region map's resolution.
+    """
+
+    def __init__(
+        self,
+        arch: str = "resnet50",
+        num_regions: int = 256,
+        kmeans_group: int = 32,
+        kmeans_iters: int = 20,
+        assign: str = "pixel",
+        hidden: int = 4096,
+        dim: int = 256,
+    ):
+        super().__init__()
+        if assign not in ("pixel", "region"):
+            raise UsageError(f"no mask assignment {assign!r}: choose pixel or region")
+        self.num_regions, self.kmeans_group, self.kmeans_iters, self.assign = (
+            num_regions,
+            kmeans_group,
+            kmeans_iters,
+            assign,
+        )
+        encoder = build_encoder(arch)
+        channels = [m for m in encoder.layer4.modules() if isinstance(m, nn.BatchNorm2d)][-1].num_features
+        self.online = nn.ModuleDict({"encoder": encoder, "projector": mlp(channels, hidden, dim)})  # theta
+        self.target = copy.deepcopy(self.online).requires_grad_(False)  # xi
+        self.predictor = mlp(dim, hidden, dim)
+
+    @torch.no_grad()
+    def update_target(self, tau: float):
+        """xi <- tau xi + (1 - tau) theta, the parameters; batch norm buffers are not averaged, and never read."""
+        torch._foreach_lerp_(list(self.target.parameters()), list(self.online.parameters()), 1 - tau)
+
+    @torch.no_grad()
+    def predict_masks(
+        self, encoder: nn.Module, images: Tensor, regions: Tensor, num_clusters: int, uniforms: Tensor
+    ) -> Tensor:
+        """The mask m of every image: clusters of its regions' C4 embeddings. Sec. 3.1, Eq. (3).
+
+        images: (B, 3, S, S) normalised. regions: (B, h, w). uniforms: seeding_uniforms(B / group, K).
+        Returns (B, H, W) for assign = "pixel", (B, h, w) for "region"; ids are shared inside a group.
+        """
+        c4 = encode_c4(encoder, images)
+        B, R, K, G = len(images), self.num_regions, num_clusters, len(uniforms)
+        p, area = region_pool(c4, regions, R)
+        valid = (area > 0).view(G, -1)  # absent regions take no part; differs: the authors cluster them as zero vectors
+        mu, assign = _kmeans(F.normalize(p, dim=-1).view(G, -1, p.shape[2]), valid, uniforms, self.kmeans_iters)
+        if self.assign == "region":
+            return assign.view(B, R).gather(1, regions.flatten(1).long()).view(regions.shape)
+        with _full_precision(c4):
+            x = F.normalize(_full(c4), dim=1).permute(0, 2, 3, 1)  # (B, H, W, C)
+            scores = cluster_scores(x.reshape(G, -1, x.shape[3]), mu)  # (G, N, K)
+        spare = torch.arange(K, device=x.device) >= valid.sum(1, keepdim=True)
+        return scores.masked_fill(spare[:, None], -math.inf).argmax(2).view(x.shape[:3])
+
+    def forward(
+        self,
+        images: Tensor,
+        views: Tensor,
+        regions: Tensor,
+        boxes: Tensor,
+        flips: Tensor,
+        num_clusters: int,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one step, Eq. (5), and what to watch.
+
+        images: (B, 3, S, S) and views: (2B, 3, S, S), the first views then the second, normalised. regions: (B, h, w).
+        boxes: (B, 2, 4). flips: (B, 2). generator: on the CPU; seeded alike on all ranks, K-means then does not depend
+        on how many there are. Returns the mean loss over all pairs of all ranks, and detached scalars.
+        """
+        B, K = len(images), num_clusters
+        group = min(self.kmeans_group, B)
+        if B % group:
+            raise UsageError(f"{B} images per process do not divide into K-means groups of {group}: change one of them")
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        G = B // group
+        uniforms = seeding_uniforms(G * world, K, generator)[rank * G : (rank + 1) * G].to(
+            images.device, non_blocking=True
+        )
+
+        # (1) Draw the masks, and see them as each view does.
+        m = self.predict_masks(self.target["encoder"], images, regions, K, uniforms)  # (B, H, W)
+        c5 = encode(self.online["encoder"], views)  # (2B, C, H, W)
+        size = c5.shape[-1]
+        m1, m2 = (crop_masks(m, boxes[:, v], flips[:, v], K, size) for v in (0, 1))  # (B, K, size, size)
+        in_both = (m1.sum((2, 3)) > 1e-3) & (m2.sum((2, 3)) > 1e-3)
+        pairs = in_both.nonzero()  # (P, 2), the one place where the host waits for the device
+        P = len(pairs)
+        weights, rows = torch.cat([m1, m2]), torch.cat([pairs, pairs + pairs.new_tensor([B, 0])])
+
+        # (2) Pool inside them, and make one view predict the other. differs: only rows of masks that both views see
+        # go through the heads; two blank rows keep batch norm and the collectives going where there is none.
+        blank = (0, 0, 0, 2 if P == 0 else 0)
+        h = F.pad(mask_pool(c5, weights, rows), blank)  # (2P, C)
+        q = self.predictor(self.online["projector"](h))  # (2P, 256)
+        with torch.no_grad():
+            z = self.target["projector"](F.pad(mask_pool(encode(self.target["encoder"], views), weights, rows), blank))
+        total = torch.tensor(float(P), device=h.device)
+        if world > 1:
+            dist.all_reduce(total)
+        loss = byol_loss(q, torch.cat([z[P:], z[:P]]))  # (2P,): both directions, Eq. (5)
+        loss = (loss.sum() if P else 0 * loss.sum()) * world / total.clamp(min=1)  # DDP averages over ranks
+        stats = {
+            "pairs": torch.tensor(P / B),  # masks per image that both views see
+            "masks": F.one_hot(m.flatten(1), K).amax(1).sum(1).float().mean(),  # masks per image
+            "spread": F.normalize(z.float(), dim=1).std(0, correction=0).mean()
+            * z.shape[1] ** 0.5,  # near 1; 0 is collapse
+        }
+        return loss, stats
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss and optimiser (Sec. 3.2; A.1)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def byol_loss(q: Tensor, z: Tensor) -> Tensor:
+    """Eq. (4): |q/|q| - z/|z||² = 2 - 2 cos(q, z), row by row. q, z: (P, D) -> (P,) float32. No gradient to z."""
+    q, z = F.normalize(_full(q), dim=-1), F.normalize(_full(z.detach()), dim=-1)
+    return (q - z).square().sum(-1)
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step is scaled, tensor by tensor, by eta |w| / |g + weight_decay w| (You et al.,
+    arXiv 1708.03888, in BYOL's form). Parameters with at most one dimension get neither decay nor the ratio. A.1."""
+
+    def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 1e-6, eta: float = 1e-3):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            updates = [p.grad for p in params]
+            matrices = [i for i, p in enumerate(params) if p.ndim > 1]
+            if matrices:
+                w = [params[i] for i in matrices]
+                g = torch._foreach_add([updates[i] for i in matrices], w, alpha=group["weight_decay"])
+                w_norm, g_norm = torch._foreach_norm(w), torch._foreach_norm(g)
+                ratio = [
+                    torch.where((a > 0) & (b > 0), group["eta"] * a / b, 1.0)
+                    for a, b in zip(w_norm, g_norm, strict=True)
+                ]
+                torch._foreach_mul_(g, ratio)
+                for i, update in zip(matrices, g, strict=True):
+                    updates[i] = update
+            for p in params:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            velocity = [self.state[p]["momentum"] for p in params]
+            torch._foreach_mul_(velocity, group["momentum"])
+            torch._foreach_add_(velocity, updates)
+            torch._foreach_add_(params, velocity, alpha=-group["lr"])
+        return loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Curriculum (Sec. 3.3, Eq. (A1), Table 9)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def num_clusters(
+    epoch: float, epochs: int, k_start: int = 128, k_end: int = 4, hold_epochs: int = 40, schedule: str = "cosine"
+) -> int:
+    """K(t): k_start up to hold_epochs, then down (or, with k_end above k_start, up) to k_end at t = epochs. Eq. (A1).
+
+    schedule: "cosine", "linear", or "constant" (k_start throughout). With the paper's settings K is 128 up to epoch 40
+    and 119, 74, 4 at 100, 200, 300 (Fig. 5). differs: as printed, Eq. (A1) ends at K = 103.
+    """
+    _check(k_start >= 1 and k_end >= 1, f"k_start and k_end must be at least 1, got {k_start} and {k_end}")
+    _check(schedule in ("cosine", "linear", "constant"), f"no schedule {schedule!r}: choose cosine, linear or constant")
+    if schedule == "constant" or epoch <= hold_epochs:
+        return k_start
+    t = min((epoch - hold_epochs) / max(epochs - hold_epochs, 1e-9), 1.0)
+    left = 1 - t if schedule == "linear" else math.cos(math.pi / 2 * t)
+    return math.floor(k_end + left * (k_start - k_end) + 1e-9)
+
+
+def learning_rate(step: int, steps: int, warmup_steps: int, peak: float) -> float:
+    """Linear from 0 to peak over warmup_steps, then a half cosine to 0 at `steps`; before the factor for K. A.1."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    t = min((step - warmup_steps) / max(steps - warmup_steps, 1), 1.0)
+    return peak * (1 + math.cos(math.pi * t)) / 2
+
+
+def target_momentum(step: int, steps: int, base: float = 0.99) -> float:
+    """tau: from base to 1 along a half cosine. A.1."""
+    return 1 - (1 - base) * (math.cos(math.pi * step / steps) + 1) / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data, 1: in the worker, decode, crop, resize and flip (A.1)
+# ---------------------------------------------------------------------------------------------------------------------
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+def list_images(folder: str | Path) -> tuple[Path, np.ndarray]:
+    """All images below folder (or below folder/train, where that exists), in a fixed order: the root, and their
+    relative names as one compact array of bytes. Raises UsageError where there are none."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise UsageError(f"no such folder: {folder}; expected a folder of images, flat or nested")
+    root = root / "train" if (root / "train").is_dir() else root
+    names = []
+    for path, _, files in os.walk(root, followlinks=True):
+        names += [os.path.relpath(os.path.join(path, f), root) for f in files if f.lower().endswith(EXTENSIONS)]
+    if not names:
+        raise UsageError(f"no images in {root}; expected files that end in {' '.join(EXTENSIONS)}")
+    return root, np.array(sorted(os.fsencode(n) for n in names))
+
+
+def read_image(path: str | Path) -> Tensor:
+    """Any image file as uint8 RGB (3, h, w), upright as its EXIF tag says; of an animation the first frame.
+    Raises OSError where the file cannot be read whole."""
+    try:
+        image = decode_image(os.fspath(path), ImageReadMode.RGB, apply_exif_orientation=True)
+    except RuntimeError:  # not a format of torchvision's (BMP, TIFF, …), or damaged: Pillow tells
+        with Image.open(path) as file:
+            return TF.pil_to_tensor(file.convert("RGB"))
+    image = image[0] if image.ndim == 4 else image
+    return image if image.dtype == torch.uint8 else (image.int() // 257).to(torch.uint8)  # 16-bit PNG
+
+
+def region_maps(
+    root: Path,
+    names: np.ndarray,
+    path: str | Path,
+    prior: str = "slic",
+    num_segments: int = 100,
+    size: int = 56,
+    workers: int = 0,
+) -> tuple[np.ndarray, dict]:
+    """The region maps of all images, (n, size, size) uint8, memory-mapped: read from `path` (.npy, with a header beside
+    it in .json) or, where there is none, computed there once.
+
+    The header says what the maps were made from (prior, its parameters, scikit-image's version, a fingerprint of names
+    and file sizes), num_regions (all ids are below it) and which images are unreadable. Raises UsageError where the
+    maps at `path` were made from anything else, and where more than 1 % of the images cannot be read.
+    """
+    path, header_path = Path(path), Path(path).with_suffix(".json")
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name + b"\0%d\n" % os.stat(os.path.join(os.fsencode(root), name)).st_size)
+    made_from = {
+        "prior": prior,
+        "num_segments": num_segments if prior == "slic" else 196,
+        "size": size,
+        "images": len(names),
+        "scikit-image": importlib.metadata.version("scikit-image"),
+        "fingerprint": digest.hexdigest()[:16],
+    }
+    if not header_path.exists():
+        partial = path.with_suffix(".partial")
+        maps = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(names), size, size))
+        header = made_from | {"num_regions": 0, "unreadable": []}
+        loader = torch.utils.data.DataLoader(
+            _Priors(root, names, prior, num_segments, size), batch_size=None, num_workers=workers
+        )
+        for i, (regions, problem) in enumerate(
+            tqdm(loader, "region maps", unit="img", dynamic_ncols=True, mininterval=1)
+        ):
+            if problem:
+                header["unreadable"].append([i, problem])
+                tqdm.write(f"unreadable: {problem}")
+                if len(header["unreadable"]) > len(names) / 100:
+                    raise UsageError(
+                        f"more than 1 % of the images in {root} are unreadable, the last {problem}: mend or remove them"
+                    )
+            else:
+                maps[i] = regions
+                header["num_regions"] = max(header["num_regions"], int(regions.max()) + 1)
+        maps.flush()
+        os.replace(partial, path)
+        save_atomically(header_path, lambda f: f.write(json.dumps(header).encode()))
+    header = json.loads(header_path.read_text())
+    for key, value in made_from.items():
+        if header.get(key) != value:
+            raise UsageError(
+                f"the region maps in {path} belong to other data or settings ({key} {header.get(key)}, now {value}); "
+                f"delete {path} and {header_path}, or name another file with --regions"
+            )
+    return np.load(path, mmap_mode="r"), header
+
+
+class _Priors(torch.utils.data.Dataset):
+    """The region map of every image, or what is wrong with it: every image is opened once before training starts."""
+
+    def __init__(self, root, names, prior, num_segments, size):
+        self.root, self.names, self.prior, self.num_segments, self.size = root, names, prior, num_segments, size
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        path = self.root / os.fsdecode(self.names[i])
+        try:
+            image = read_image(path)
+        except OSError as e:
+            return np.zeros((self.size, self.size), np.uint8), f"{path} ({e})"
+        return slic_regions(image, self.num_segments, self.size) if self.prior == "slic" else grid_regions(
+            size=self.size
+        ), ""
+
+
+def save_atomically(path: str | Path, write):
+    """write(file) into a temporary file that takes path's place only once it is whole and on the disk."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def resize(image: Tensor, size: int) -> Tensor:
+    """A whole image (3, h, w) uint8 -> (3, size, size), whatever its proportions."""
+    return TF.resize(image, [size, size], InterpolationMode.BICUBIC, antialias=True)
+
+
+class ImageRegions(torch.utils.data.Dataset):
+    """Images with their region maps, indexed by (epoch, i): all randomness of a sample follows from (seed, epoch, i),
+    so that it depends on no worker, rank or interruption, and no two samples share any.
+
+    root, names: list_images'. regions, header: region_maps'; unreadable images are left out. size: a view's side.
+    A sample is a dict: image (3, S, S) and views (2, 3, S, S) uint8, regions (h, w), boxes (2, 4), flips (2,),
+    factors (2, 11), the view's colour changes for `augment`.
+    """
+
+    def __init__(
+        self, root: Path, names: np.ndarray, regions: np.ndarray, header: dict, size: int = 224, seed: int = 0
+    ):
+        self.root, self.names, self.regions, self.size, self.seed = root, names, regions, size, seed
+        self.keep = np.delete(np.arange(len(names)), [i for i, _ in header["unreadable"]])
+
+    def __len__(self):
+        return len(self.keep)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        epoch, i = key[0], int(self.keep[key[1]])
+        image = read_image(self.root / os.fsdecode(self.names[i]))
+        h, w = image.shape[1:]
+        rng = torch.default_generator  # torchvision's samplers draw from it
+        rng.manual_seed(int(np.random.SeedSequence([self.seed, epoch, i]).generate_state(1, np.uint64)[0] >> 1))
+        views, boxes, flips, factors = [], [], [], []
+        for v in (0, 1):
+            top, left, ch, cw = RandomResizedCrop.get_params(image, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
+            view = resize(TF.crop(image, top, left, ch, cw), self.size)
+            flip = bool(torch.rand(()) < 0.5)  # differs: the authors' code mirrors always
+            views.append(view.flip(-1) if flip else view)
+            boxes.append([left / w, top / h, (left + cw) / w, (top + ch) / h])
+            flips.append(flip)
+            factors.append(draw_factors(v))
+        return {
+            "image": resize(image, self.size),
+            "views": torch.stack(views),
+            "regions": torch.from_numpy(np.array(self.regions[i])),
+            "boxes": torch.tensor(boxes),
+            "flips": torch.tensor(flips),
+            "factors": torch.stack(factors),
+        }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data, 2: on the device, jitter, grey, blur, solarise, normalise, a batch at a time (A.1)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def draw_factors(view: int) -> Tensor:
+    """One view's random colour changes, (11,): the order of the four jitters (-1: none), brightness, contrast,
+    saturation and hue factor, whether grey, sigma of the blur in 224ths of the view (0: none), whether solarised."""
+    order, *jitter = ColorJitter.get_params((0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1))
+    u = torch.rand(5).tolist()
+    if u[0] >= 0.8:
+        order = torch.full((4,), -1)
+    blur, solarise = ((1.0, 0.0), (0.1, 0.2))[view]
+    sigma = 0.1 + 1.9 * u[2] if u[1] < blur else 0.0
+    return torch.tensor([*order.tolist(), *jitter, u[3] < 0.2, sigma, u[4] < solarise])
+
+
+def grey(x: Tensor) -> Tensor:
+    """(N, 3, S, S) -> (N, 1, S, S), ITU-R 601 luma."""
+    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return (x * factor).clamp(0, 1)
+
+
+def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
+    mean = grey(x).mean((1, 2, 3), keepdim=True)
+    return (mean + factor * (x - mean)).clamp(0, 1)
+
+
+def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
+    luma = grey(x)
+    return (luma + factor * (x - luma)).clamp(0, 1)
+
+
+def adjust_hue(x: Tensor, factor: Tensor) -> Tensor:
+    """Turns the hue by `factor` of a full circle, in HSV."""
+    r, g, b = x.unbind(1)
+    value, low = x.amax(1), x.amin(1)
+    chroma = value - low
+    c = torch.where(chroma > 0, chroma, 1)
+    sixth = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c))
+    sixth = sixth + 6 * factor[:, 0]  # the hue, in sixths of a circle
+    k = (x.new_tensor([5, 3, 1]).view(3, 1, 1) + sixth[:, None]) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Each image with its own sigma; the kernel spans a tenth of the side (23 of 224 pixels), edges are reflected."""
+    n, c, s, _ = x.shape
+    half = (s // 10) // 2
+    d = torch.arange(-half, half + 1, device=x.device)
+    kernel = torch.exp(-0.5 * (d / sigma.view(-1, 1)) ** 2)  # (n, taps)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, 0)[:, None, None]  # (n c, 1, 1, taps)
+    x = F.pad(x, [half] * 4, mode="reflect").view(1, n * c, s + 2 * half, s + 2 * half)
+    x = F.conv2d(F.conv2d(x, kernel, groups=n * c), kernel.mT, groups=n * c)
+    return x.view(n, c, s, s)
+
+
+JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+
+
+def augment(views: Tensor, factors: Tensor) -> Tensor:
+    """A.1's colour changes of a batch. views: (N, 3, S, S) uint8 on the training device; factors: (N, 11) of
+    draw_factors, on the CPU, where choosing images costs no wait. Returns normalised float32 (N, 3, S, S)."""
+    x = views.float() / 255
+
+    def change(images: Tensor, f, column: int | None):
+        i = images.nonzero()[:, 0]  # on the CPU
+        if len(i):
+            args = [] if column is None else [factors[i, column].view(-1, 1, 1, 1).to(x.device, non_blocking=True)]
+            i = i.to(x.device, non_blocking=True)
+            x[i] = f(x[i], *args)
+
+    for slot in range(4):
+        for j, f in enumerate(JITTER):
+            change(factors[:, slot] == j, f, 4 + j)
+    change(factors[:, 8] > 0, lambda v: grey(v).expand_as(v), None)
+    change(factors[:, 9] > 0, lambda v, sigma: gaussian_blur(v, sigma * v.shape[-1] / 224), 9)
+    change(factors[:, 10] > 0, lambda v: torch.where(v >= 0.5, 1 - v, v), None)
+    return normalize(x)
+
+
+def normalize(x: Tensor) -> Tensor:
+    """uint8 or [0, 1] float images -> ImageNet mean 0 and deviation 1 per channel."""
+    x = x.float() / 255 if x.dtype == torch.uint8 else x
+    return TF.normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def paint(images: Tensor, masks: Tensor) -> Tensor:
+    """Label maps (n, h, w) as colours over the images (n, 3, S, S) uint8; returns the same as the images."""
+    hue = (masks[:, None].float() * 0.618034) % 1  # golden ratio: neighbouring ids get distant colours
+    k = (torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1) + 6 * hue) % 6
+    colour = 1 - 0.8 * torch.minimum(k, 4 - k).clamp(0, 1)  # (n, 3, h, w)
+    colour = F.interpolate(colour, images.shape[-2:], mode="nearest")
+    return (255 * (0.75 * colour + 0.25 * grey(images.float() / 255))).round().to(torch.uint8)
+
+
+def film_strip(columns: list[tuple[str, Tensor]]) -> Image.Image:
+    """Labelled columns of n pictures each, (label, (n, 3, S, S) uint8), as one image."""
+    n, _, s, _ = columns[0][1].shape
+    top, gap = 16, 4
+    sheet = Image.new("RGB", (len(columns) * (s + gap) - gap, top + n * (s + gap) - gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for c, (label, pictures) in enumerate(columns):
+        draw.text((c * (s + gap) + 2, 2), label, fill="black")
+        for r, picture in enumerate(pictures):
+            sheet.paste(TF.to_pil_image(picture), (c * (s + gap), top + r * (s + gap)))
+    return sheet

@@ -1,0 +1,72 @@
+"""Builds r2o_C, the compiled ops: `python setup.py build_ext --inplace`.
+
+C++ always; CUDA where a toolkit and a CUDA build of PyTorch of the same major version are found. It prints which.
+    FORCE_CUDA=1   fail where CUDA cannot be built; FORCE_CUDA=0: C++ only
+    CUDA_HOME      the toolkit's folder, where it is in no usual place
+    TORCH_CUDA_ARCH_LIST   GPUs to build for (default: those of this machine, without one 8.0 and 9.0)
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from setuptools import setup
+
+
+def find_toolkit() -> Path | None:
+    """The first folder that holds a whole toolkit. nvcc on PATH may be a wrapper somewhere else, so that comes last."""
+    nvcc = shutil.which("nvcc")
+    places = [
+        os.environ.get("CUDA_HOME"),
+        os.environ.get("CUDA_PATH"),
+        "/usr/local/cuda",
+        nvcc and Path(nvcc).resolve().parent.parent,
+    ]
+    return next(
+        (Path(p) for p in places if p and Path(p, "bin/nvcc").exists() and Path(p, "include/cuda_runtime.h").exists()),
+        None,
+    )
+
+
+def cuda_problem(toolkit: Path | None) -> str:
+    """Why CUDA cannot be built, "" where it can."""
+    if torch.version.cuda is None:
+        return "this PyTorch was built without CUDA"
+    if toolkit is None:
+        return "no CUDA toolkit found (nvcc and its headers; set CUDA_HOME)"
+    release = re.search(
+        r"release (\d+)",
+        subprocess.run([toolkit / "bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout,
+    )[1]
+    if release != torch.version.cuda.split(".")[0]:
+        return f"the toolkit in {toolkit} is CUDA {release}, PyTorch's is {torch.version.cuda}"
+    return ""
+
+
+toolkit = find_toolkit()
+problem = "FORCE_CUDA=0" if os.environ.get("FORCE_CUDA") == "0" else cuda_problem(toolkit)
+if problem and os.environ.get("FORCE_CUDA") == "1":
+    sys.exit(f"setup.py: error: FORCE_CUDA=1, but {problem}")
+print("r2o_C: C++ only, " + problem if problem else f"r2o_C: C++ and CUDA, toolkit {toolkit}")
+if not problem:
+    os.environ["CUDA_HOME"] = str(toolkit)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402  (reads CUDA_HOME when imported)
+
+sources = ["csrc/ops.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))]
+flags = {"cxx": ["-O3", "-fopenmp"] if sys.platform == "linux" else ["-O3"]}
+if not problem:
+    sources += map(str, sorted(Path("csrc/cuda").glob("*.cu")))
+    flags["cxx"].append("-DR2O_WITH_CUDA")
+    flags["nvcc"] = ["-O3"]
+
+setup(
+    ext_modules=[(CppExtension if problem else CUDAExtension)("r2o_C", sources, extra_compile_args=flags)],
+    cmdclass={"build_ext": BuildExtension},
+)

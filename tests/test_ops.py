@@ -1,0 +1,329 @@
+"""The compiled ops equal their references, on any input: csrc/ against the `_ref`s of r2o.py."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import r2o
+
+pytestmark = pytest.mark.skipif(r2o.r2o_C is None, reason="r2o_C is not built: python setup.py build_ext --inplace")
+cuda = pytest.param(
+    "cuda",
+    marks=pytest.mark.skipif(
+        r2o.extension("cuda") != "cuda" or not torch.cuda.is_available(), reason="needs a GPU and r2o_C built with CUDA"
+    ),
+)
+on_devices = pytest.mark.parametrize("device", ["cpu", cuda])
+fuzz = settings(max_examples=40, deadline=None, derandomize=True)
+ops = torch.ops.r2o
+
+
+def rng(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def ragged(shape, dtype, device, seed, scale=1.0):
+    """A tensor with neither contiguous nor dense strides."""
+    wide = torch.randn([n + 1 for n in reversed(shape)], generator=rng(seed)).to(device, dtype) * scale
+    return wide.permute(*reversed(range(len(shape))))[tuple(slice(0, n) for n in shape)]
+
+
+def pool_case(B, C, H, W, scale, R, id_type, dtype, device, seed):
+    features = ragged((B, C, H, W), dtype, device, seed)
+    regions = (
+        torch.randint(R, (B, 2 * scale * W, scale * H), generator=rng(seed)).to(device, id_type).mT
+    )  # (B, h, w), not contiguous
+    return features, regions, R
+
+
+@on_devices
+@fuzz
+@given(
+    st.integers(0, 3),
+    st.sampled_from([1, 5, 64]),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 30),
+    st.sampled_from([torch.uint8, torch.int16, torch.int32, torch.int64]),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+)
+def test_region_pool_equals_its_reference(device, B, C, H, W, scale, R, id_type, dtype):
+    case = pool_case(B, C, H, W, scale, R, id_type, dtype, device, B + C + H)
+    for got, want in zip(ops.region_pool(*case), r2o.region_pool_ref(*case), strict=True):
+        torch.testing.assert_close(got, want)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def kmeans_case(G, N, D, K, dtype, device, seed, spread=6):
+    """Integer coordinates: distances are exact in any order of summation, so every path must pick the same seeds."""
+    points = torch.randint(-spread, spread + 1, (G, D, N), generator=rng(seed)).to(device, dtype).mT  # not contiguous
+    valid = (
+        torch.rand(G, N, generator=rng(seed + 1)).to(device)
+        < torch.rand(G, 1, generator=rng(seed + 2)).to(device) * 1.5
+    )
+    return points, valid, r2o.seeding_uniforms(G, K, rng(seed + 3)).to(device)
+
+
+@on_devices
+@fuzz
+@given(
+    st.integers(0, 3),
+    st.integers(0, 40),
+    st.integers(1, 9),
+    st.integers(1, 12),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.integers(0, 99),
+)
+def test_kmeans_picks_the_same_seeds_as_its_reference(device, G, N, D, K, dtype, seed):
+    """max_iters = 0 returns the seeds, K > N and groups without a valid point included."""
+    case = (*kmeans_case(G, N, D, K, dtype, device, seed), 0)
+    for got, want in zip(ops.kmeans(*case), r2o.kmeans_ref(*case), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@on_devices
+@fuzz
+@given(st.integers(0, 3), st.integers(0, 60), st.integers(1, 9), st.integers(1, 12), st.integers(0, 99))
+def test_kmeans_equals_its_reference(device, G, N, D, K, seed):
+    case = (*kmeans_case(G, N, D, K, torch.float64, device, seed, spread=1000), 20)
+    (centers, assign), (centers_ref, assign_ref) = ops.kmeans(*case), r2o.kmeans_ref(*case)
+    torch.testing.assert_close(centers, centers_ref)
+    assert torch.equal(assign, assign_ref)
+
+
+@on_devices
+def test_kmeans_at_training_size_has_the_reference_s_inertia(device):
+    """float32, N = 3200, D = 256, K = 64: sums run in another order, so compare what K-means minimises."""
+    points = torch.nn.functional.normalize(torch.randn(2, 3200, 256, generator=rng(0)).to(device) + 1, dim=-1)
+    valid = torch.rand(2, 3200, generator=rng(1)).to(device) < 0.8
+    u = r2o.seeding_uniforms(2, 64, rng(2)).to(device)
+    inertia = []
+    for f in (ops.kmeans, r2o.kmeans_ref):
+        centers, assign = f(points - points.mean(1, keepdim=True), valid, u, 20)
+        d = (
+            (
+                points
+                - points.mean(1, keepdim=True)
+                - centers.gather(1, assign.clamp(min=0)[..., None].expand_as(points))
+            )
+            .square()
+            .sum(-1)
+        )
+        inertia.append((d * valid).sum())
+    torch.testing.assert_close(*inertia, rtol=1e-3, atol=0)
+
+
+def crop_case(B, h, w, K, seed, device):
+    masks = torch.randint(K, (B, w, h), generator=rng(seed)).to(device, torch.uint8).mT
+    corner = torch.rand(B, 2, generator=rng(seed)) * 0.9
+    boxes = torch.cat([corner, corner + (1 - corner) * torch.rand(B, 2, generator=rng(seed + 1))], 1)
+    boxes[seed % max(B, 1) :: 3] = torch.tensor([0.0, 0, 1, 1])  # whole images: windows whose bins hold whole pixels
+    return masks, boxes.to(device), torch.rand(B, generator=rng(seed)).to(device) < 0.5, K
+
+
+@on_devices
+@fuzz
+@given(
+    st.integers(0, 4),
+    st.integers(1, 30),
+    st.integers(1, 56),
+    st.integers(1, 9),
+    st.sampled_from([1, 3, 7, 14]),
+    st.integers(0, 999),
+)
+def test_crop_masks_equals_its_reference(device, B, h, w, K, size, seed):
+    case = (*crop_case(B, h, w, K, seed, device), size)
+    torch.testing.assert_close(ops.crop_masks(*case), r2o.crop_masks_ref(*case), rtol=1e-4, atol=1e-5)
+
+
+def mask_case(B, C, H, K, P, dtype, device, seed):
+    features = ragged((B, C, H, H), dtype, device, seed)
+    weights = ragged((B, K, H, H), torch.float64 if dtype == torch.float64 else torch.float32, device, seed + 1).clamp(
+        min=0
+    )
+    weights[:, 0] = 0  # a mask that the view does not see
+    pairs = torch.stack(
+        [torch.randint(B, (P,), generator=rng(seed)), torch.randint(K, (P,), generator=rng(seed + 2))], 1
+    )
+    return features, weights, pairs.to(device)
+
+
+@on_devices
+@fuzz
+@given(
+    st.integers(1, 3),
+    st.sampled_from([1, 5, 64]),
+    st.integers(1, 7),
+    st.integers(1, 6),
+    st.integers(0, 20),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    st.integers(0, 99),
+)
+def test_mask_pool_and_its_gradient_equal_their_references(device, B, C, H, K, P, dtype, seed):
+    features, weights, pairs = mask_case(B, C, H, K, P, dtype, device, seed)
+    results = []
+    for f in (ops.mask_pool, r2o.mask_pool_ref):
+        x = features.detach().clone().requires_grad_()
+        h = f(x, weights, pairs)
+        h.backward(ragged(h.shape, h.dtype, device, seed))
+        results.append((h.detach(), x.grad))
+    for got, want in zip(*results, strict=True):
+        assert got.dtype == want.dtype and got.isfinite().all()
+        torch.testing.assert_close(got, want)
+
+
+@on_devices
+def test_mask_pool_s_gradient_is_that_of_finite_differences(device):
+    features, weights, pairs = mask_case(2, 3, 3, 4, 6, torch.float64, device, 0)
+    assert torch.autograd.gradcheck(lambda x: ops.mask_pool(x, weights, pairs), features.clone().requires_grad_())
+
+
+@on_devices
+def test_ops_are_registered_as_pytorch_wants_them(device):
+    """opcheck: schemas, shape inference, autograd and tracing by torch.compile."""
+    torch.library.opcheck(ops.region_pool, pool_case(2, 5, 3, 2, 2, 7, torch.uint8, torch.bfloat16, device, 0))
+    torch.library.opcheck(ops.kmeans, (*kmeans_case(2, 30, 4, 5, torch.float32, device, 0), 5))
+    torch.library.opcheck(ops.crop_masks, (*crop_case(3, 14, 14, 5, 0, device), 7))
+    features, weights, pairs = mask_case(2, 3, 3, 4, 6, torch.float32, device, 0)
+    torch.library.opcheck(ops.mask_pool, (features.clone().requires_grad_(), weights, pairs))
+    torch.library.opcheck(ops.mask_pool_backward, (torch.ones(6, 3, device=device), weights, pairs))
+
+
+@on_devices
+def test_ops_are_deterministic(device):
+    """Twice the same bits, also with another number of threads."""
+    torch.manual_seed(0)
+    points, valid, u = (
+        torch.randn(1, 3000, 64, device=device),
+        torch.ones(1, 3000, dtype=torch.bool, device=device),
+        r2o.seeding_uniforms(1, 16, rng(0)).to(device),
+    )
+    features, weights, pairs = mask_case(3, 64, 7, 6, 40, torch.float32, device, 0)
+    grad = torch.randn(40, 64, device=device)
+    threads = torch.get_num_threads()
+    runs = []
+    for n in (threads, threads, 1):
+        torch.set_num_threads(n)
+        runs.append(
+            (
+                *ops.kmeans(points, valid, u, 20)[1:],
+                ops.mask_pool(features, weights, pairs),
+                ops.mask_pool_backward(grad, weights, pairs),
+            )
+        )
+    torch.set_num_threads(threads)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_ops_never_make_the_host_wait():
+    case = kmeans_case(2, 500, 16, 8, torch.float32, "cuda", 0)
+    pool, crop, mask = (
+        pool_case(2, 8, 7, 7, 2, 9, torch.uint8, torch.float32, "cuda", 0),
+        crop_case(2, 14, 14, 5, 0, "cuda"),
+        mask_case(2, 8, 7, 5, 9, torch.float32, "cuda", 0),
+    )
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.kmeans(*case, 20), ops.region_pool(*pool), ops.crop_masks(*crop, 7), ops.mask_pool(*mask)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+BAD = {
+    "region ids too high": lambda: (ops.region_pool, torch.zeros(1, 2, 2, 2), torch.full((1, 4, 4), 3), 3),
+    "negative region ids": lambda: (ops.region_pool, torch.zeros(1, 2, 2, 2), torch.full((1, 4, 4), -1), 3),
+    "float region ids": lambda: (ops.region_pool, torch.zeros(1, 2, 2, 2), torch.zeros(1, 4, 4), 3),
+    "regions that do not tile": lambda: (
+        ops.region_pool,
+        torch.zeros(1, 2, 2, 2),
+        torch.zeros(1, 5, 4, dtype=torch.uint8),
+        3,
+    ),
+    "integer features": lambda: (
+        ops.region_pool,
+        torch.zeros(1, 2, 2, 2, dtype=torch.long),
+        torch.zeros(1, 4, 4, dtype=torch.uint8),
+        3,
+    ),
+    "another batch": lambda: (ops.region_pool, torch.zeros(2, 2, 2, 2), torch.zeros(1, 4, 4, dtype=torch.uint8), 3),
+    "points without groups": lambda: (
+        ops.kmeans,
+        torch.zeros(4, 2),
+        torch.ones(4, dtype=torch.bool),
+        torch.rand(1, 2, 2, dtype=torch.float64),
+        5,
+    ),
+    "half points": lambda: (
+        ops.kmeans,
+        torch.zeros(1, 4, 2).half(),
+        torch.ones(1, 4, dtype=torch.bool),
+        torch.rand(1, 2, 2, dtype=torch.float64),
+        5,
+    ),
+    "valid of another shape": lambda: (
+        ops.kmeans,
+        torch.zeros(1, 4, 2),
+        torch.ones(1, 5, dtype=torch.bool),
+        torch.rand(1, 2, 2, dtype=torch.float64),
+        5,
+    ),
+    "uniforms of another group": lambda: (
+        ops.kmeans,
+        torch.zeros(1, 4, 2),
+        torch.ones(1, 4, dtype=torch.bool),
+        torch.rand(2, 2, 2, dtype=torch.float64),
+        5,
+    ),
+    "cluster ids too high": lambda: (
+        ops.crop_masks,
+        torch.full((1, 4, 4), 3),
+        torch.zeros(1, 4),
+        torch.zeros(1, dtype=torch.bool),
+        3,
+        7,
+    ),
+    "boxes of another shape": lambda: (
+        ops.crop_masks,
+        torch.zeros(1, 4, 4, dtype=torch.long),
+        torch.zeros(1, 5),
+        torch.zeros(1, dtype=torch.bool),
+        3,
+        7,
+    ),
+    "pairs out of range": lambda: (
+        ops.mask_pool,
+        torch.zeros(1, 2, 3, 3),
+        torch.zeros(1, 4, 3, 3),
+        torch.tensor([[1, 0]]),
+    ),
+    "negative pairs": lambda: (
+        ops.mask_pool_backward,
+        torch.zeros(1, 2),
+        torch.zeros(1, 4, 3, 3),
+        torch.tensor([[0, -1]]),
+    ),
+    "weights of another size": lambda: (
+        ops.mask_pool,
+        torch.zeros(1, 2, 3, 3),
+        torch.zeros(1, 4, 2, 3),
+        torch.tensor([[0, 0]]),
+    ),
+    "float pairs": lambda: (ops.mask_pool, torch.zeros(1, 2, 3, 3), torch.zeros(1, 4, 3, 3), torch.tensor([[0.0, 0]])),
+    "a gradient of another length": lambda: (
+        ops.mask_pool_backward,
+        torch.zeros(2, 2),
+        torch.zeros(1, 4, 3, 3),
+        torch.tensor([[0, 0]]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_ops_refuse_what_does_not_fit(name):
+    op, *args = BAD[name]()
+    with pytest.raises(RuntimeError):
+        op(*args)
