@@ -76,6 +76,20 @@ def list_pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
 
 
 @torch.no_grad()
+def calibrate(encoder: torch.nn.Module, batches):
+    """Measures an untrained encoder's batch norm statistics on the images, with which alone it does better: without,
+    a trained encoder would be credited with them. batches: of normalised images."""
+    norms = [m for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # the plain average
+    encoder.train()
+    for images in batches:
+        r2o.encode(encoder, images)
+    encoder.eval()
+
+
+@torch.no_grad()
 def segment(encoder: torch.nn.Module, images: torch.Tensor, k: int, layer: str = "c4", generator=None) -> torch.Tensor:
     """K-means of each image's own features. images: (B, 3, S, S) normalised -> scores (B, K, H, W), argmax is the
     segment. They are linear in the features, so that interpolating them interpolates the features."""
@@ -107,13 +121,12 @@ def match_foreground(segments: torch.Tensor, k: int, truth: torch.Tensor) -> tup
 def evaluate(encoder, pairs, k: int, layer: str, size: int, device, shown: int = 0) -> tuple[dict, list]:
     """Means over the images that have a foreground, and the columns of a picture of `shown` evenly spaced ones."""
     generator = torch.Generator().manual_seed(0)
-    encoder = encoder.to(device)
     scores, columns = [], [("image", []), (f"K = {k} segments", []), ("foreground", []), ("truth", [])]
     show = {*np.linspace(0, len(pairs) - 1, min(shown, len(pairs))).astype(int).tolist()} if shown else set()
     bar = tqdm(total=len(pairs), desc="segmenting", unit="img", dynamic_ncols=True)
     for start in range(0, len(pairs), 32):
         batch = pairs[start : start + 32]
-        images = torch.stack([r2o.resize(read(r2o.read_image, image), size) for image, _ in batch])
+        images = load_images(batch, size)
         maps = segment(encoder, r2o.normalize(images.to(device)), k, layer, generator).cpu()
         for i, (_, mask) in enumerate(batch):
             truth = read(read_foreground, mask)
@@ -137,6 +150,10 @@ def evaluate(encoder, pairs, k: int, layer: str, size: int, device, shown: int =
     means = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
     counts = {"n": len(scores), "without foreground": len(pairs) - len(scores)}
     return means | counts, [(label, torch.stack(column)) for label, column in columns if column]
+
+
+def load_images(pairs, size: int) -> torch.Tensor:
+    return torch.stack([r2o.resize(read(r2o.read_image, image), size) for image, _ in pairs])
 
 
 def read(reader, path: Path) -> torch.Tensor:
@@ -184,7 +201,11 @@ def main(argv=None):
         pairs = list_pairs(*args.data) if len(args.data) == 2 else list_cub(args.data[0], args.split)
         encoder, line = r2o.load_encoder(args.ckpt, args.arch)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        encoder = encoder.to(device)
         print(f"{line}; ops: {r2o.extension(device)}")
+        if args.ckpt == "random":
+            some = [load_images(pairs[i : i + 32], args.size) for i in range(0, min(len(pairs), 256), 32)]
+            calibrate(encoder, (r2o.normalize(images.to(device)) for images in some))
         means, columns = evaluate(encoder, pairs, args.k, args.layer, args.size, device, 8 if args.vis else 0)
     except r2o.UsageError as e:
         print(f"eval_cub.py: error: {e}", file=sys.stderr)

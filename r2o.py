@@ -927,8 +927,9 @@ def paint(images: Tensor, masks: Tensor) -> Tensor:
     return (255 * (0.75 * colour + 0.25 * grey(images.float() / 255))).round().to(torch.uint8)
 
 
-def film_strip(columns: list[tuple[str, Tensor]]) -> Image.Image:
-    """Labelled columns of n pictures each, (label, (n, 3, S, S) uint8), as one image."""
+def film_strip(columns: list[tuple[str, Tensor]], zoom: int = 1) -> Image.Image:
+    """Labelled columns of n pictures each, (label, (n, 3, S, S) uint8), as one image, enlarged `zoom` times."""
+    columns = [(label, x.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)) for label, x in columns]
     n, _, s, _ = columns[0][1].shape
     top, gap = 16, 4
     sheet = Image.new("RGB", (len(columns) * (s + gap) - gap, top + n * (s + gap) - gap), "white")

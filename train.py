@@ -33,6 +33,7 @@ def parse_args(argv=None):
     add = p.add_argument_group("data and output").add_argument
     add("--data", required=True, help="folder of images, flat or nested; its subfolder train, where there is one")
     add("--out", default="out", help="folder for checkpoints, log and pictures; training goes on from what it holds")
+    add("--keep-every", type=int, default=0, help="also keep the encoder of every this many epochs, as epoch_0100.pth")
     add("--regions", help="file of the region maps (default OUT/regions.npy); name one to share it between runs")
     add("--workers", type=int, default=min(16, os.cpu_count()), help="per process; raise while the GPU waits for data")
     add = p.add_argument_group("training (A.1)").add_argument
@@ -120,13 +121,20 @@ def load_checkpoint(path: Path, args) -> dict | None:
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     for key, now in vars(args).items():
         then = checkpoint["args"].get(key)
-        if key not in ("data", "out", "regions", "workers") and then != now:
+        if key not in ("data", "out", "regions", "workers", "keep_every") and then != now:
             flag = "--" + key.replace("_", "-")
             raise r2o.UsageError(
                 f"{path} was trained with {flag} {then}, now it is {now}: "
                 f"pass {flag} {then} to go on, or another --out to start anew"
             )
     return checkpoint
+
+
+def export(path: Path, model: r2o.R2O, args, epoch: int):
+    """The online encoder under torchvision's parameter names, with plain-typed metadata."""
+    weights = {name: x.cpu().contiguous() for name, x in model.online["encoder"].state_dict().items()}
+    file = {"arch": args.arch, "epoch": epoch, "args": vars(args), "state_dict": weights}
+    r2o.save_atomically(path, lambda f: torch.save(file, f))
 
 
 def film_images(data: r2o.ImageRegions, count: int) -> dict[str, torch.Tensor]:
@@ -255,13 +263,13 @@ def train(args):
             state = {"epoch": epoch + 1, "args": vars(args), "masks": masks}
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             r2o.save_atomically(out / "last.pth", lambda f: torch.save(state, f))
+            if args.keep_every and (epoch + 1) % args.keep_every == 0:
+                export(out / f"epoch_{epoch + 1:04}.pth", model, args, epoch + 1)
             with open(out / "log.jsonl", "a") as log:
                 print(json.dumps(record), file=log)
 
     if rank == 0:
-        weights = {name: x.cpu().contiguous() for name, x in model.online["encoder"].state_dict().items()}
-        export = {"arch": args.arch, "epoch": args.epochs, "args": vars(args), "state_dict": weights}
-        r2o.save_atomically(out / "r2o.pth", lambda f: torch.save(export, f))
+        export(out / "r2o.pth", model, args, args.epochs)
         print(f"wrote {out / 'r2o.pth'}")
     if world > 1:
         dist.destroy_process_group()

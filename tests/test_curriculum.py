@@ -1,0 +1,106 @@
+"""Schedules, Sec. 3.3, Eq. (A1) and A.1, and the optimiser."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import r2o
+
+
+def test_the_paper_s_numbers():
+    """Fig. 5: 119, 74 and 4 clusters after 100, 200 and 300 epochs, 128 up to epoch 40."""
+    assert [r2o.num_clusters(t, 300) for t in (0, 1, 40, 100, 200, 300)] == [128, 128, 128, 119, 74, 4]
+    assert r2o.num_clusters(41, 300) < 128
+
+
+def test_other_schedules_of_table_9():
+    assert [r2o.num_clusters(t, 100, 64, 4, 0, "linear") for t in (0, 50, 100)] == [64, 34, 4]
+    assert {r2o.num_clusters(t, 100, 16, 4, 0, "constant") for t in range(101)} == {16}
+    rising = [r2o.num_clusters(t, 100, 4, 128, 0, "cosine") for t in range(101)]
+    assert rising[0] == 4 and rising[-1] == 128 and rising == sorted(rising)
+
+
+@given(
+    st.integers(1, 400),
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.integers(0, 400),
+    st.sampled_from(["cosine", "linear"]),
+)
+def test_k_runs_monotonically_from_start_to_end(epochs, start, end, hold, schedule):
+    ks = [r2o.num_clusters(t, epochs, start, end, hold, schedule) for t in range(epochs + 1)]
+    assert ks[0] == start and all(k == start for k in ks[: hold + 1])
+    if hold < epochs:
+        assert ks[-1] == end
+    assert ks in (sorted(ks), sorted(ks, reverse=True)) and min(ks) >= min(start, end) and max(ks) <= max(start, end)
+
+
+@pytest.mark.parametrize("bad", [{"schedule": "square"}, {"k_start": 0}, {"k_end": 0}])
+def test_schedules_that_make_no_sense_are_refused(bad):
+    with pytest.raises(ValueError, match="choose cosine|at least 1"):
+        r2o.num_clusters(1, 10, **bad)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    rates = [r2o.learning_rate(s, 1000, 10, 4.8) for s in range(1001)]
+    assert rates[0] == 0 and rates[5] == pytest.approx(2.4) and max(rates) == rates[10] == 4.8
+    assert rates[505] == pytest.approx(2.4) and rates[1000] == pytest.approx(0, abs=1e-9)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert r2o.learning_rate(0, 5, 0, 1.0) == 1.0
+
+
+def test_the_target_s_momentum_rises_to_one():
+    """tau = 1 - (1 - 0.99) (cos(pi s / S) + 1) / 2."""
+    assert r2o.target_momentum(0, 100) == pytest.approx(0.99)
+    assert r2o.target_momentum(50, 100) == pytest.approx(0.995)
+    assert r2o.target_momentum(100, 100) == 1
+    assert r2o.target_momentum(25, 100, 0.9) == pytest.approx(1 - 0.1 * (math.cos(math.pi / 4) + 1) / 2)
+
+
+def test_lars_by_hand():
+    """Three steps of arXiv 1708.03888 on a matrix, plain momentum SGD without decay on a vector."""
+    torch.manual_seed(0)
+    w, b = torch.randn(4, 3).requires_grad_(), torch.randn(4).requires_grad_()
+    grads = [(torch.randn(4, 3), torch.randn(4)) for _ in range(3)]
+    optimizer = r2o.LARS([w, b], lr=0.5, momentum=0.9, weight_decay=0.1, eta=0.01)
+    w_ref, b_ref, w_v, b_v = w.detach().clone(), b.detach().clone(), torch.zeros(4, 3), torch.zeros(4)
+    for gw, gb in grads:
+        w.grad, b.grad = gw.clone(), gb.clone()
+        optimizer.step()
+        decayed = gw + 0.1 * w_ref
+        w_v = 0.9 * w_v + 0.01 * w_ref.norm() / decayed.norm() * decayed
+        b_v = 0.9 * b_v + gb
+        w_ref, b_ref = w_ref - 0.5 * w_v, b_ref - 0.5 * b_v
+        assert torch.equal(w.grad, gw)  # gradients stay as they were
+    torch.testing.assert_close(w.detach(), w_ref)
+    torch.testing.assert_close(b.detach(), b_ref)
+
+
+def test_lars_survives_zero_weights_zero_gradients_and_none():
+    params = [torch.zeros(2, 2), torch.ones(2, 2), torch.ones(2, 2)]
+    params = [p.requires_grad_() for p in params]
+    optimizer = r2o.LARS(params, lr=1.0, weight_decay=0.0)
+    params[0].grad, params[1].grad = torch.ones(2, 2), torch.zeros(2, 2)
+    optimizer.step()
+    torch.testing.assert_close(params[0].detach(), -torch.ones(2, 2))  # ratio 1 where a norm is 0
+    assert torch.equal(params[1].detach(), torch.ones(2, 2)) and torch.equal(params[2].detach(), torch.ones(2, 2))
+
+
+def test_lars_continues_from_its_state_dict():
+    def run(split):
+        torch.manual_seed(0)
+        w = torch.randn(3, 3).requires_grad_()
+        optimizer = r2o.LARS([w], lr=0.3)
+        for i in range(6):
+            if i == split:
+                state = optimizer.state_dict()
+                optimizer = r2o.LARS([w], lr=0.3)
+                optimizer.load_state_dict(state)
+            w.grad = w.detach().sin()
+            optimizer.step()
+        return w.detach()
+
+    assert torch.equal(run(3), run(None))

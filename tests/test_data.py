@@ -1,0 +1,282 @@
+"""Data: reading, region maps, crops and flips, and the colour changes of A.1."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms.v2 import functional as TF
+
+import r2o
+
+fuzz = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- colour changes: each equals torchvision's, given the same factor ------------------------------------------------
+
+
+def images(n=6, seed=0):
+    x = torch.rand(n, 3, 32, 32, generator=rng(seed))
+    x[0] = x[0].mean(0)  # grey: hue undefined
+    x[1, :, :16], x[1, :, 16:] = 0, 1
+    return x
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, low, high",
+    [
+        (r2o.adjust_brightness, TF.adjust_brightness, 0.6, 1.4),
+        (r2o.adjust_contrast, TF.adjust_contrast, 0.6, 1.4),
+        (r2o.adjust_saturation, TF.adjust_saturation, 0.8, 1.2),
+        (r2o.adjust_hue, TF.adjust_hue, -0.5, 0.5),
+    ],
+)
+def test_each_jitter_is_torchvision_s_with_a_factor_per_image(ours, theirs, low, high):
+    x, factors = images(), torch.linspace(low, high, 6)
+    want = torch.stack([theirs(x[i], factors[i].item()) for i in range(6)])
+    torch.testing.assert_close(ours(x, factors.view(-1, 1, 1, 1)), want, atol=1e-5, rtol=0)
+
+
+def test_grey_is_torchvision_s():
+    torch.testing.assert_close(r2o.grey(images()), TF.rgb_to_grayscale(images()))
+
+
+def test_blur_is_torchvision_s_with_a_sigma_per_image():
+    x, sigma = torch.rand(4, 3, 224, 224, generator=rng()), torch.tensor([0.1, 0.7, 1.3, 2.0])
+    want = torch.stack([TF.gaussian_blur(x[i], [23, 23], [sigma[i].item()]) for i in range(4)])
+    torch.testing.assert_close(r2o.gaussian_blur(x, sigma.view(-1, 1, 1, 1)), want, atol=1e-5, rtol=0)
+
+
+def by_torchvision(view, f):
+    """What one row of factors means, an image at a time."""
+    x = view.float() / 255
+    jitters = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
+    for j in f[:4].int().tolist():
+        x = jitters[j](x, f[4 + j].item()) if j >= 0 else x
+    x = TF.rgb_to_grayscale(x, 3) if f[8] else x
+    if f[9]:
+        taps = 2 * ((x.shape[-1] // 10) // 2) + 1
+        x = TF.gaussian_blur(x, [taps, taps], [f[9].item() * x.shape[-1] / 224])
+    x = TF.solarize(x, 0.5) if f[10] else x
+    return TF.normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+@fuzz
+@given(st.integers(0, 10**6))
+def test_a_batch_is_augmented_as_its_images_are_one_by_one(seed):
+    torch.manual_seed(seed)
+    views = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
+    factors = torch.stack([r2o.draw_factors(i % 2) for i in range(8)])
+    got = r2o.augment(views, factors)
+    want = torch.stack([by_torchvision(v, f) for v, f in zip(views, factors, strict=True)])
+    off = (got - want).abs().amax(1) > 1e-4
+    assert off.float().mean() < 2e-3  # rounding may take single pixels across solarisation's threshold
+
+
+def test_factors_are_drawn_as_often_and_as_far_as_a1_says():
+    torch.manual_seed(0)
+    first, second = (torch.stack([r2o.draw_factors(v) for _ in range(2000)]) for v in (0, 1))
+    for f, blur, solarise in ((first, 1.0, 0.0), (second, 0.1, 0.2)):
+        assert (f[:, 0] >= 0).float().mean() == pytest.approx(0.8, abs=0.03)
+        assert f[:, 8].mean() == pytest.approx(0.2, abs=0.03)
+        assert (f[:, 9] > 0).float().mean() == pytest.approx(blur, abs=0.03)
+        assert f[:, 10].mean() == pytest.approx(solarise, abs=0.03)
+        for column, low, high in ((4, 0.6, 1.4), (5, 0.6, 1.4), (6, 0.8, 1.2), (7, -0.1, 0.1)):
+            assert low <= f[:, column].min() < low + 0.02 and high - 0.02 < f[:, column].max() <= high
+        jittered = f[f[:, 0] >= 0][:, :4]
+        assert (jittered.sort(1).values == torch.arange(4.0)).all() and len(jittered.unique(dim=0)) == 24
+    assert 0.1 <= first[:, 9].min() < 0.15 and 1.95 < first[:, 9].max() <= 2.0
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(photos, tmp_path_factory):
+    root, names = r2o.list_images(photos)
+    maps, header = r2o.region_maps(
+        root, names, tmp_path_factory.mktemp("maps") / "regions.npy", size=16, num_segments=20
+    )
+    return r2o.ImageRegions(root, names, maps, header, size=64)
+
+
+def test_a_sample_is_what_its_boxes_and_flips_say(data):
+    """Cropping the image by the box and mirroring gives the view."""
+    for i in range(8):
+        sample = data[0, i]
+        image = r2o.read_image(data.root / data.names[i].decode())
+        h, w = image.shape[1:]
+        for v in range(2):
+            left, top, right, bottom = (sample["boxes"][v] * torch.tensor([w, h, w, h])).round().int().tolist()
+            view = r2o.resize(image[:, top:bottom, left:right], 64)
+            assert torch.equal(sample["views"][v], view.flip(-1) if sample["flips"][v] else view)
+        assert torch.equal(sample["image"], r2o.resize(image, 64))
+        assert np.array_equal(sample["regions"], data.regions[i])
+    assert {name: (x.dtype, tuple(x.shape)) for name, x in sample.items()} == {
+        "image": (torch.uint8, (3, 64, 64)),
+        "views": (torch.uint8, (2, 3, 64, 64)),
+        "regions": (torch.uint8, (16, 16)),
+        "boxes": (torch.float32, (2, 4)),
+        "flips": (torch.bool, (2,)),
+        "factors": (torch.float32, (2, 11)),
+    }
+
+
+def test_crops_and_flips_are_byol_s(data):
+    """Flips with p = 0.5, each view on its own (the authors' code mirrors always); 8 to 100 % of the area."""
+    samples = [data[epoch, i] for epoch in range(20) for i in range(len(data))]
+    flips = torch.stack([s["flips"] for s in samples]).float()
+    assert flips.mean(0) == pytest.approx([0.5, 0.5], abs=0.08)
+    assert (flips[:, 0] != flips[:, 1]).float().mean() == pytest.approx(0.5, abs=0.08)
+    left, top, right, bottom = torch.stack([s["boxes"] for s in samples]).flatten(0, 1).unbind(1)
+    area, ratio = (right - left) * (bottom - top), (right - left) / (bottom - top) * 80 / 64
+    assert (
+        0.07 < area.min() < 0.15 and area.max() > 0.8 and (area > 0.54).float().mean() == pytest.approx(0.45, abs=0.12)
+    )
+    assert ratio.min() > 0.7 and ratio.max() < 1.4
+
+
+def test_randomness_follows_from_seed_epoch_and_index_alone(data):
+    one, same, other_epoch = data[3, 5], data[3, 5], data[4, 5]
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["boxes"], other_epoch["boxes"]) and not torch.equal(one["boxes"], data[3, 6]["boxes"])
+    loader = torch.utils.data.DataLoader(data, batch_sampler=[[(3, 5), (3, 6)]], num_workers=2)
+    assert torch.equal(next(iter(loader))["views"][0], one["views"])
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_images_are_found_flat_nested_or_in_train(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    for name in ("z.JPEG", "a/b/x.png", "ä.jpg", "notes.txt"):
+        (tmp_path / name).touch()
+    root, names = r2o.list_images(tmp_path)
+    assert root == tmp_path and [n.decode() for n in names] == ["a/b/x.png", "z.JPEG", "ä.jpg"]
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/only.webp").touch()
+    root, names = r2o.list_images(tmp_path)
+    assert root == tmp_path / "train" and names.tolist() == [b"only.webp"]
+
+
+@pytest.mark.parametrize(
+    "name, convert",
+    [
+        ("grey.jpg", lambda im, path: im.convert("L").save(path)),
+        ("cmyk.jpg", lambda im, path: im.convert("CMYK").save(path)),
+        ("palette.png", lambda im, path: im.convert("P").save(path)),
+        ("alpha.png", lambda im, path: im.convert("RGBA").save(path)),
+        ("gif.jpg", lambda im, path: im.save(path, "GIF")),
+        ("bitmap.bmp", lambda im, path: im.save(path)),
+        ("tagged.tif", lambda im, path: im.save(path)),
+        ("deep.png", lambda im, path: Image.fromarray(np.array(im.convert("L")).astype(np.uint16) * 257).save(path)),
+    ],
+)
+def test_every_kind_of_image_is_read_as_rgb(tmp_path, name, convert):
+    im = picture(0)
+    convert(im, tmp_path / name)
+    image = r2o.read_image(tmp_path / name)
+    want = torch.from_numpy(np.array(im.convert("L" if name[0] in "gd" and "if" not in name else "RGB")).copy()).float()
+    assert image.shape == (3, 64, 80) and image.dtype == torch.uint8
+    assert (image.float().mean() - want.mean()).abs() < 2
+
+
+def test_photographs_stand_upright(tmp_path):
+    im, exif = picture(0), Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    im.save(tmp_path / "turned.jpg", exif=exif)
+    assert r2o.read_image(tmp_path / "turned.jpg").shape == (3, 80, 64)
+
+
+def test_a_one_pixel_image_makes_a_sample(tmp_path):
+    for i in range(2):
+        Image.new("RGB", (1, 1), (i, 2, 3)).save(tmp_path / f"{i}.png")
+    root, names = r2o.list_images(tmp_path)
+    maps, header = r2o.region_maps(root, names, tmp_path / "regions.npy", size=16)
+    sample = r2o.ImageRegions(root, names, maps, header, size=64)[0, 1]
+    assert (sample["views"][0] == torch.tensor([1, 2, 3]).view(3, 1, 1)).all()
+
+
+def folder_of(tmp_path, good, damage):
+    for i in range(good):
+        picture(i, (20, 20)).save(tmp_path / f"{i:03}.jpg", quality=95)
+    for name, f in damage.items():
+        (tmp_path / name).write_bytes(f((tmp_path / "000.jpg").read_bytes()))
+    return r2o.list_images(tmp_path)
+
+
+DAMAGE = {"truncated.jpg": lambda b: b[: len(b) // 2], "text.jpg": lambda b: b"hello", "empty.png": lambda b: b""}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_one_unreadable_image_in_a_hundred_is_left_out_and_counted(tmp_path, name, capsys):
+    root, names = folder_of(tmp_path, 110, {name: DAMAGE[name]})
+    maps, header = r2o.region_maps(root, names, tmp_path / "regions.npy", prior="grid", size=14)
+    assert len(header["unreadable"]) == 1 and name in header["unreadable"][0][1]
+    assert name in capsys.readouterr().out
+    data = r2o.ImageRegions(root, names, maps, header, size=32)
+    assert len(data) == 110
+    for i in range(110):
+        assert data[0, i]["image"].shape == (3, 32, 32)
+
+
+def test_more_unreadable_images_stop_the_run(tmp_path):
+    root, names = folder_of(tmp_path, 100, DAMAGE)
+    with pytest.raises(r2o.UsageError, match="more than 1 % of the images in .* are unreadable"):
+        r2o.region_maps(root, names, tmp_path / "regions.npy", prior="grid", size=14)
+    assert not (tmp_path / "regions.npy").exists()
+
+
+def test_region_maps_are_computed_once_and_known_by_their_header(photos, tmp_path, monkeypatch):
+    root, names = r2o.list_images(photos)
+    path = tmp_path / "regions.npy"
+    maps, header = r2o.region_maps(root, names, path, size=16, num_segments=20, workers=2)
+    assert maps.shape == (24, 16, 16) and maps.dtype == np.uint8 and isinstance(maps, np.memmap)
+    assert header["num_regions"] == maps.max() + 1 and header["unreadable"] == []
+    for i in (0, 23):
+        image = r2o.read_image(root / names[i].decode())
+        assert np.array_equal(maps[i], r2o.slic_regions(image, 20, 16))
+    monkeypatch.setattr(r2o, "slic_regions", lambda *a: pytest.fail("computed twice"))
+    again, header_again = r2o.region_maps(root, names, path, size=16, num_segments=20)
+    assert np.array_equal(maps, again) and header == header_again
+
+
+@pytest.mark.parametrize(
+    "change, key",
+    [
+        (lambda kw: kw | {"num_segments": 21}, "num_segments"),
+        (lambda kw: kw | {"prior": "grid"}, "prior"),
+        (lambda kw: kw | {"size": 32}, "size"),
+        (lambda kw: kw | {"names": kw["names"][:-1]}, "images"),
+        (lambda kw: kw | {"names": np.roll(kw["names"], 1)}, "fingerprint"),
+    ],
+)
+def test_region_maps_of_other_data_or_settings_are_refused(photos, tmp_path, change, key):
+    root, names = r2o.list_images(photos)
+    kw = {"root": root, "names": names, "path": tmp_path / "regions.npy", "size": 16, "num_segments": 20}
+    r2o.region_maps(**kw)
+    with pytest.raises(r2o.UsageError, match=f"belong to other data or settings \\({key}.*delete"):
+        r2o.region_maps(**change(kw))
+
+
+def test_region_maps_of_another_scikit_image_are_refused(photos, tmp_path):
+    root, names = r2o.list_images(photos)
+    r2o.region_maps(root, names, tmp_path / "regions.npy", prior="grid", size=14)
+    header = json.loads((tmp_path / "regions.json").read_text())
+    (tmp_path / "regions.json").write_text(json.dumps(header | {"scikit-image": "0.18.3"}))
+    with pytest.raises(r2o.UsageError, match=r"scikit-image 0\.18\.3, now"):
+        r2o.region_maps(root, names, tmp_path / "regions.npy", prior="grid", size=14)
+
+
+@pytest.mark.parametrize("make", [lambda p: p / "nowhere", lambda p: p])
+def test_a_folder_without_images_is_refused(tmp_path, make):
+    with pytest.raises(r2o.UsageError, match="no such folder|no images in"):
+        r2o.list_images(make(tmp_path))

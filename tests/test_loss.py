@@ -1,0 +1,163 @@
+"""Pooling in masks and the loss, Sec. 3.2 and Eq. (4), (5)."""
+
+import math
+
+import pytest
+import torch
+
+import r2o
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_mask_pool_is_the_weighted_mean_over_the_mask_by_hand():
+    features = torch.tensor([[[[1.0, 2], [3, 4]]], [[[5.0, 6], [7, 8]]]])  # (2, 1, 2, 2)
+    weights = torch.tensor([[[[1.0, 0], [0, 0]], [[0, 0.5], [0.5, 1]]], [[[0, 0], [0, 0]], [[0.1, 0.1], [0.1, 0.1]]]])
+    rows = r2o.mask_pool(features, weights, torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1], [0, 1]]))
+    torch.testing.assert_close(rows[:, 0], torch.tensor([1.0, (1 + 1.5 + 4) / 2, 0, 6.5, 3.25]))
+
+
+def test_a_small_mask_counts_as_much_as_a_large_one():
+    """The mean is over the mask's own weight; the authors' code divides by at least 1 and shrinks small masks."""
+    features, weights = torch.randn(1, 8, 7, 7, generator=rng()), torch.rand(1, 1, 7, 7, generator=rng())
+    pair = torch.tensor([[0, 0]])
+    torch.testing.assert_close(r2o.mask_pool(features, weights * 1e-2, pair), r2o.mask_pool(features, weights, pair))
+
+
+def test_mask_pool_works_inside_autocast_in_full_precision():
+    features = torch.randn(1, 8, 7, 7, generator=rng()).bfloat16().requires_grad_()
+    weights, pairs = torch.rand(1, 2, 7, 7, generator=rng()), torch.tensor([[0, 1]])
+    with torch.autocast("cpu", torch.bfloat16):
+        h = r2o.mask_pool(features, weights, pairs)
+    want = (features.float() * weights[:, 1:]).sum((2, 3)) / weights[:, 1].sum()
+    torch.testing.assert_close(h, want)
+    h.sum().backward()
+    assert features.grad.dtype == torch.bfloat16 and features.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda f, w: r2o.mask_pool(f, w, torch.tensor([[1, 0]])), r"images in pairs must lie in \[0, 1\)"),
+        (lambda f, w: r2o.mask_pool(f, w, torch.tensor([[0, -1]])), r"clusters in pairs must lie in \[0, 2\)"),
+        (lambda f, w: r2o.mask_pool(f, w, torch.tensor([0, 1])), "pairs must be integer"),
+        (lambda f, w: r2o.mask_pool(f, w[..., :2], torch.tensor([[0, 1]])), "weights must be float"),
+    ],
+)
+def test_input_that_does_not_fit_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3))
+
+
+def test_the_loss_by_hand():
+    """Eq. (4): 2 - 2 cos, whatever the lengths."""
+    q = torch.tensor([[3.0, 0], [0, 2], [1, 1], [1, 0]])
+    z = torch.tensor([[5.0, 0], [0, -1], [4, 0], [0, 1]])
+    torch.testing.assert_close(r2o.byol_loss(q, z), torch.tensor([0, 4, 2 - math.sqrt(2), 2]))
+
+
+def test_the_loss_sends_no_gradient_to_z():
+    q, z = (torch.randn(5, 4, generator=rng(i)).requires_grad_() for i in (0, 1))
+    r2o.byol_loss(q, z).sum().backward()
+    assert q.grad.abs().sum() > 0 and z.grad is None
+
+
+def batch(B=4, seed=0, boxes=None):
+    images, views = (
+        torch.randn(B, 3, 64, 64, generator=rng(seed)),
+        torch.randn(2 * B, 3, 64, 64, generator=rng(seed + 1)),
+    )
+    regions = torch.randint(20, (B, 16, 16), generator=rng(seed), dtype=torch.uint8)
+    boxes = torch.tensor([[[0.0, 0, 0.7, 0.8], [0.2, 0.3, 1, 1]]]).repeat(B, 1, 1) if boxes is None else boxes
+    return images, views, regions, boxes, torch.rand(B, 2, generator=rng(seed)) < 0.5
+
+
+def model(**options):
+    torch.manual_seed(0)
+    return r2o.R2O("tiny", num_regions=20, hidden=16, dim=8, **options)
+
+
+def test_forward_is_the_sum_of_both_directions_averaged_over_pairs():
+    """Eq. (5), spelled out image by image with the dense masks."""
+    r2o_model = model()
+    images, views, regions, boxes, flips = batch()
+    loss, stats = r2o_model(images, views, regions, boxes, flips, 5, rng())
+    with torch.no_grad():
+        m = r2o_model.predict_masks(r2o_model.target["encoder"], images, regions, 5, r2o.seeding_uniforms(1, 5, rng()))
+        w = [r2o.crop_masks_ref(m, boxes[:, v], flips[:, v], 5, 8) for v in (0, 1)]
+        c5 = {net: r2o.encode(getattr(r2o_model, net)["encoder"], views).chunk(2) for net in ("online", "target")}
+        rows = {(net, v): [] for net in c5 for v in (0, 1)}
+        for b in range(4):
+            for k in range(5):
+                if w[0][b, k].sum() > 1e-3 and w[1][b, k].sum() > 1e-3:
+                    for net, v in rows:
+                        f = c5[net][v][b]
+                        rows[net, v].append((f * w[v][b, k]).sum((1, 2)) / w[v][b, k].sum())
+        q = r2o_model.predictor(r2o_model.online["projector"](torch.stack(rows["online", 0] + rows["online", 1])))
+        z = r2o_model.target["projector"](torch.stack(rows["target", 0] + rows["target", 1]))
+        cos = [torch.cosine_similarity(*pair) for pair in zip(q.chunk(2), reversed(z.chunk(2)), strict=True)]
+    P = len(cos[0])
+    torch.testing.assert_close(loss.detach(), sum(2 - 2 * c for c in cos).mean(), rtol=1e-4, atol=1e-5)
+    assert stats["pairs"] == P / 4 and 0 < stats["spread"] < 2 and 1 <= stats["masks"] <= 5
+
+
+def test_gradients_reach_every_online_parameter_and_no_target():
+    r2o_model = model()
+    r2o_model(*batch(), 5, rng())[0].backward()
+    for name, p in r2o_model.named_parameters():
+        assert (p.grad is None) == name.startswith("target."), name
+    assert all(p.grad.abs().sum() > 0 for n, p in r2o_model.named_parameters() if p.requires_grad and p.ndim > 1)
+
+
+@pytest.mark.parametrize("boxes", [[[0.0, 0, 0.3, 0.3], [0.6, 0.6, 1, 1]]])
+def test_views_without_a_common_mask_give_zero_and_finite_gradients_everywhere(boxes):
+    """One region per image half and views of different halves: no pair. DDP still needs every gradient."""
+    r2o_model = model(assign="region")
+    images, views, regions, _, flips = batch(2)
+    regions = torch.zeros_like(regions)
+    regions[:, 8:] = 1
+    images[:, :, 32:] += 3
+    boxes = torch.tensor([[[0.0, 0, 1, 0.3], [0, 0.7, 1, 1]]]).repeat(2, 1, 1)
+    loss, stats = r2o_model(images, views, regions, boxes, flips, 4, rng())
+    loss.backward()
+    assert stats["pairs"] == 0 and loss == 0
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in r2o_model.parameters() if p.requires_grad)
+
+
+def test_a_single_pair_still_trains():
+    r2o_model = model(kmeans_group=1)
+    loss, stats = r2o_model(*batch(1), 1, rng())
+    loss.backward()
+    assert (
+        stats["pairs"] == 1
+        and loss > 0
+        and all(p.grad.isfinite().all() for p in r2o_model.parameters() if p.requires_grad)
+    )
+
+
+def test_the_target_is_the_running_average_of_the_online_network():
+    r2o_model = model()
+    before = [p.clone() for p in r2o_model.target.parameters()]
+    for p in r2o_model.online.parameters():
+        p.data.add_(1.0)
+    r2o_model.update_target(0.9)
+    for old, new, online in zip(before, r2o_model.target.parameters(), r2o_model.online.parameters(), strict=True):
+        torch.testing.assert_close(new, 0.9 * old + 0.1 * online)
+
+
+def test_k_means_groups_do_not_see_each_other():
+    """The masks of 4 images in groups of 2 are those of 2 + 2 images: they depend on no batch size or GPU count."""
+    r2o_model = model(kmeans_group=2).eval()
+    images, _, regions, _, _ = batch()
+    u = r2o.seeding_uniforms(2, 5, rng())
+    encoder = r2o_model.target["encoder"]
+    together = r2o_model.predict_masks(encoder, images, regions, 5, u)
+    apart = [
+        r2o_model.predict_masks(encoder, images[i : i + 2], regions[i : i + 2], 5, u[i // 2 : i // 2 + 1])
+        for i in (0, 2)
+    ]
+    assert torch.equal(together, torch.cat(apart))
+    with pytest.raises(ValueError, match="K-means groups of 3"):
+        model(kmeans_group=3)(*batch(), 5, rng())
