@@ -123,28 +123,27 @@ def evaluate(encoder, pairs, k: int, layer: str, size: int, device, shown: int =
     generator = torch.Generator().manual_seed(0)
     scores, columns = [], [("image", []), (f"K = {k} segments", []), ("foreground", []), ("truth", [])]
     show = {*np.linspace(0, len(pairs) - 1, min(shown, len(pairs))).astype(int).tolist()} if shown else set()
-    bar = tqdm(total=len(pairs), desc="segmenting", unit="img", dynamic_ncols=True)
-    for start in range(0, len(pairs), 32):
-        batch = pairs[start : start + 32]
-        images = load_images(batch, size)
-        maps = segment(encoder, r2o.normalize(images.to(device)), k, layer, generator).cpu()
-        for i, (_, mask) in enumerate(batch):
-            truth = read(read_foreground, mask)
-            segments = F.interpolate(maps[i : i + 1], truth.shape, mode="bilinear").argmax(1)[0]
-            best, score = match_foreground(segments, k, truth)
-            if truth.any():
-                scores.append(score)
-            if start + i in show:
-                picture = images[i : i + 1]
-                small = [
-                    F.interpolate(m[None, None].float(), (size, size), mode="nearest")[0]
-                    for m in (segments, segments == best, truth)
-                ]
-                cut = [(picture * (0.2 + 0.8 * m)).to(torch.uint8) for m in small[1:]]  # all else darkened
-                for (_, column), x in zip(columns, [picture, r2o.paint(picture, small[0]), *cut], strict=True):
-                    column.append(x[0])
-        bar.update(len(batch))
-    bar.close()
+    with tqdm(total=len(pairs), desc="segmenting", unit="img", dynamic_ncols=True) as bar:
+        for start in range(0, len(pairs), 32):
+            batch = pairs[start : start + 32]
+            images = load_images(batch, size)
+            maps = segment(encoder, r2o.normalize(images.to(device)), k, layer, generator).cpu()
+            for i, (_, mask) in enumerate(batch):
+                truth = read(read_foreground, mask)
+                segments = F.interpolate(maps[i : i + 1], truth.shape, mode="bilinear").argmax(1)[0]
+                best, score = match_foreground(segments, k, truth)
+                if truth.any():
+                    scores.append(score)
+                if start + i in show:
+                    picture = images[i : i + 1]
+                    small = [
+                        F.interpolate(m[None, None].float(), (size, size), mode="nearest")[0]
+                        for m in (segments, segments == best, truth)
+                    ]
+                    cut = [(picture * (0.2 + 0.8 * m)).to(torch.uint8) for m in small[1:]]  # all else darkened
+                    for (_, column), x in zip(columns, [picture, r2o.paint(picture, small[0]), *cut], strict=True):
+                        column.append(x[0])
+            bar.update(len(batch))
     if not scores:
         raise r2o.UsageError("no mask has any foreground: expected one above half of 255, or ids above 0")
     means = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}

@@ -715,25 +715,22 @@ def region_maps(
     if not header_path.exists():
         partial = path.with_suffix(".partial")
         maps = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(names), size, size))
-        header = made_from | {"num_regions": 0, "unreadable": []}
-        loader = torch.utils.data.DataLoader(
+        unreadable, num_regions = [], 0
+        priors = torch.utils.data.DataLoader(
             _Priors(root, names, prior, num_segments, size), batch_size=None, num_workers=workers
         )
-        for i, (regions, problem) in enumerate(
-            tqdm(loader, "region maps", unit="img", dynamic_ncols=True, mininterval=1)
-        ):
-            if problem:
-                header["unreadable"].append([i, problem])
-                tqdm.write(f"unreadable: {problem}")
-                if len(header["unreadable"]) > len(names) / 100:
-                    raise UsageError(
-                        f"more than 1 % of the images in {root} are unreadable, the last {problem}: mend or remove them"
-                    )
-            else:
+        with tqdm(priors, "region maps", unit="img", dynamic_ncols=True, mininterval=1) as bar:
+            for i, (regions, problem) in enumerate(bar):
                 maps[i] = regions
-                header["num_regions"] = max(header["num_regions"], int(regions.max()) + 1)
+                num_regions = max(num_regions, int(regions.max()) + 1)
+                if problem:
+                    unreadable.append([i, problem])
+                    bar.write(f"unreadable: {problem}")
+                if len(unreadable) > len(names) / 100:
+                    raise UsageError(f"more than 1 % of the images in {root} are unreadable, the last {problem}")
         maps.flush()
         os.replace(partial, path)
+        header = made_from | {"num_regions": num_regions, "unreadable": unreadable}
         save_atomically(header_path, lambda f: f.write(json.dumps(header).encode()))
     header = json.loads(header_path.read_text())
     for key, value in made_from.items():

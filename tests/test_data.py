@@ -230,7 +230,7 @@ def test_one_unreadable_image_in_a_hundred_is_left_out_and_counted(tmp_path, nam
 
 def test_more_unreadable_images_stop_the_run(tmp_path):
     root, names = folder_of(tmp_path, 100, DAMAGE)
-    with pytest.raises(r2o.UsageError, match="more than 1 % of the images in .* are unreadable"):
+    with pytest.raises(r2o.UsageError, match=r"more than 1 % of the images in .* are unreadable"):
         r2o.region_maps(root, names, tmp_path / "regions.npy", prior="grid", size=14)
     assert not (tmp_path / "regions.npy").exists()
 
@@ -278,5 +278,5 @@ def test_region_maps_of_another_scikit_image_are_refused(photos, tmp_path):
 
 @pytest.mark.parametrize("make", [lambda p: p / "nowhere", lambda p: p])
 def test_a_folder_without_images_is_refused(tmp_path, make):
-    with pytest.raises(r2o.UsageError, match="no such folder|no images in"):
+    with pytest.raises(r2o.UsageError, match=r"no such folder|no images in"):
         r2o.list_images(make(tmp_path))

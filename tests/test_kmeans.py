@@ -1,5 +1,7 @@
 """K-means, Eq. (3): what kmeans() promises whichever code runs."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,7 +35,7 @@ def test_it_finds_planted_clusters():
 def test_more_iterations_never_raise_the_inertia():
     points = torch.rand(4, 300, 5, generator=rng())
     runs = [inertia(points, *r2o.kmeans(points, 12, max_iters=i, generator=rng(1))) for i in (0, 1, 2, 3, 5, 10, 50)]
-    for before, after in zip(runs, runs[1:], strict=False):
+    for before, after in itertools.pairwise(runs):
         assert (after <= before * (1 + 1e-6)).all()
     assert (runs[-1] < runs[0]).all()
 

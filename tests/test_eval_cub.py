@@ -1,0 +1,188 @@
+"""eval_cub.py, Table 3: protocol, checkpoints, splits, and bad input."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture
+from PIL import Image
+from torchvision.models import resnet18
+
+import eval_cub
+import r2o
+
+
+def test_the_metrics_by_hand():
+    """Segment 1 covers the foreground's 4 pixels and 2 more of 12; segment 2 covers one of them."""
+    truth = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]).bool()
+    segments = torch.tensor([[1, 1, 1, 2], [1, 1, 0, 0], [0, 0, 0, 0]])
+    best, score = eval_cub.match_foreground(segments, 5, truth)
+    assert best == 1
+    assert score["foreground IoU"] == pytest.approx(3 / 6)
+    assert score["mean IoU"] == pytest.approx((3 / 6 + 6 / 9) / 2)
+    assert score["pixel accuracy"] == pytest.approx(9 / 12)
+
+
+def test_segments_follow_the_features():
+    """An encoder that passes colours through: K = 2 on a two-coloured image gives its two halves."""
+
+    class Colours(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1 = self.bn1 = self.relu = self.maxpool = self.layer1 = self.layer2 = torch.nn.Identity()
+            self.layer3, self.layer4 = torch.nn.AvgPool2d(4), torch.nn.AvgPool2d(2)
+
+    images = torch.zeros(3, 3, 32, 32)
+    images[:, 0, :, :20], images[:, 2, :, 20:] = 1, 1
+    for layer, side in (("c4", 8), ("c5", 4)):
+        scores = eval_cub.segment(Colours(), images, 2, layer, torch.Generator().manual_seed(0))
+        assert scores.shape == (3, 2, side, side)
+    segments = eval_cub.segment(Colours(), images, 2, "c4", torch.Generator().manual_seed(0)).argmax(1)
+    assert (segments[:, :, :5] == segments[:, :1, :1]).all() and (segments[:, :, 5:] != segments[:, :1, :1]).all()
+
+
+def test_interpolated_scores_are_the_scores_of_interpolated_features():
+    x, centers = torch.randn(1, 16, 8), torch.randn(1, 5, 8)
+    up = torch.nn.Upsample(scale_factor=3, mode="bilinear")
+    scores = up(r2o.cluster_scores(x, centers).mT.unflatten(2, (4, 4)))
+    features = up(x.mT.unflatten(2, (4, 4))).flatten(2).mT
+    torch.testing.assert_close(scores.flatten(2).mT, r2o.cluster_scores(features, centers))
+
+
+@pytest.fixture(scope="module")
+def cub(tmp_path_factory):
+    """12 images in CUB's layout, every other one in the test set; the foreground is the ellipse."""
+    root = tmp_path_factory.mktemp("data") / "CUB_200_2011"
+    names = [f"001.bird/{i:02}.jpg" for i in range(12)]
+    for name in ("images", "segmentations"):
+        (root / name / "001.bird").mkdir(parents=True)
+    for i, name in enumerate(names):
+        im = picture(i)
+        im.save(root / "images" / name)
+        mask = np.abs(np.asarray(im).astype(int) - np.asarray(im)[:1, :1]).sum(2) > 90
+        Image.fromarray((mask * 255).astype(np.uint8)).save((root / "segmentations" / name).with_suffix(".png"))
+    (root / "images.txt").write_text("".join(f"{i + 1} {name}\n" for i, name in enumerate(names)))
+    (root / "train_test_split.txt").write_text("".join(f"{i + 1} {i % 2}\n" for i in range(12)))
+    return root
+
+
+def evaluate(tmp_path, *flags):
+    json_file = tmp_path / "out.json"
+    eval_cub.main([str(f) for f in (*flags, "--json", json_file, "--size", 64)])
+    return json.loads(json_file.read_text())
+
+
+def test_a_run_prints_and_writes_metrics_and_protocol(cub, tmp_path, capsys):
+    png = tmp_path / "vis.png"
+    result = evaluate(tmp_path, "--ckpt", "random", "--arch", "tiny", "--data", cub, "--vis", png)
+    printed = capsys.readouterr().out
+    assert result["n"] == 6 and result["split"] == "test" and result["layer"] == "c4" and result["size"] == 64
+    assert 0.2 < result["foreground IoU"] < 1 and 0.2 < result["mean IoU"] < 1 and 0.3 < result["pixel accuracy"] < 1
+    assert f"foreground IoU  {result['foreground IoU']:.3f}" in printed and "n = 6" in printed
+    assert "chosen by the truth" in printed
+    picture_of = Image.open(png)
+    assert picture_of.width == 4 * 68 - 4 and picture_of.height == 16 + 6 * 68 - 4
+
+
+def test_the_same_run_twice_gives_the_same_figures(cub, tmp_path):
+    flags = ["--ckpt", "random", "--arch", "tiny", "--data", cub]
+    assert evaluate(tmp_path, *flags) == evaluate(tmp_path, *flags)
+
+
+def test_splits_may_be_a_file_of_ids_or_redo_s(cub, tmp_path):
+    (tmp_path / "ids.txt").write_text("1\n3\n4\n")
+    (tmp_path / "redo.txt").write_text("".join(f"{i + 1} {i % 3}\n" for i in range(12)))
+    names = [[image.name for image, _ in eval_cub.list_cub(cub, str(tmp_path / f))] for f in ("ids.txt", "redo.txt")]
+    assert names == [["00.jpg", "02.jpg", "03.jpg"], ["02.jpg", "05.jpg", "08.jpg", "11.jpg"]]
+    assert [image.name for image, _ in eval_cub.list_cub(cub, "test")] == [f"{i:02}.jpg" for i in range(0, 12, 2)]
+
+
+def test_any_pair_of_folders_of_images_and_masks_will_do(cub, tmp_path):
+    result = evaluate(tmp_path, "--ckpt", "random", "--arch", "tiny", "--data", cub / "images", cub / "segmentations")
+    assert result["n"] == 12 and result["split"] == "all"
+
+
+def test_masks_may_be_levels_ids_or_palettes(tmp_path):
+    levels = np.array([[0, 51, 127], [128, 204, 255]], np.uint8)
+    Image.fromarray(levels).save(tmp_path / "levels.png")
+    Image.fromarray(np.array([[0, 1, 2]], np.uint8)).save(tmp_path / "ids.png")
+    palette = Image.fromarray(np.array([[0, 7, 255]], np.uint8), "P")
+    palette.putpalette([255 - i // 3 for i in range(768)])
+    palette.save(tmp_path / "palette.png")
+    assert eval_cub.read_foreground(tmp_path / "levels.png").tolist() == [[False] * 3, [True] * 3]
+    assert eval_cub.read_foreground(tmp_path / "ids.png").tolist() == [[False, True, True]]
+    assert eval_cub.read_foreground(tmp_path / "palette.png").tolist() == [[False, True, False]]
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_checkpoint_gives_the_same_encoder(tmp_path):
+    torch.manual_seed(1)
+    net = resnet18()
+    model = r2o.R2O("resnet18", hidden=8, dim=4)
+    weights = {name: x for name, x in net.state_dict().items() if not name.startswith("fc.")}
+    model.online["encoder"].load_state_dict(weights)
+    files = {
+        "r2o": {"arch": "resnet18", "state_dict": weights},
+        "last": {"model": model.state_dict(), "args": {"arch": "resnet18"}, "epoch": 3},
+        "torchvision": net.state_dict(),
+        "parallel": {"state_dict": {f"module.{name}": x for name, x in net.state_dict().items()}},
+    }
+    for name, file in files.items():
+        torch.save(file, tmp_path / name)
+        loaded, line = r2o.load_encoder(str(tmp_path / name), None if name in ("r2o", "last") else "resnet18")
+        assert all(torch.equal(x, weights[n]) for n, x in loaded.state_dict().items()) and not loaded.training
+        assert "resnet18" in line and "120 of 120 tensors matched" in line
+
+
+def refused(capsys, *flags):
+    with pytest.raises(SystemExit) as stop:
+        eval_cub.main([str(flag) for flag in flags])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and lines[-1].startswith("eval_cub.py: error: ") and "Traceback" not in "".join(lines)
+    return lines[-1]
+
+
+def test_checkpoints_that_do_not_fit_are_refused(cub, tmp_path, capsys):
+    def said(file, *flags):
+        torch.save(file, tmp_path / "ckpt.pth")
+        return refused(capsys, "--ckpt", tmp_path / "ckpt.pth", "--data", cub, *flags)
+
+    half = dict(list(resnet18().state_dict().items())[:50])
+    assert "matches 50 of 120 tensors of resnet18 (not layer" in said(half, "--arch", "resnet18")
+    assert "of 318 tensors of resnet50" in said(resnet18().state_dict())
+    assert "holds a resnet18, not a resnet50" in said({"arch": "resnet18", "state_dict": half}, "--arch", "resnet50")
+    assert "matches 0 of" in said([1, 2, 3])
+    assert "not a checkpoint that can be loaded safely" in said(picture)
+    (tmp_path / "ckpt.pth").write_bytes(b"not a checkpoint")
+    assert "not a checkpoint" in refused(capsys, "--ckpt", tmp_path / "ckpt.pth", "--data", cub)
+    assert "no such checkpoint: nowhere.pth" in refused(capsys, "--ckpt", "nowhere.pth", "--data", cub)
+
+
+def test_data_that_does_not_fit_is_refused(cub, tmp_path, capsys):
+    def said(*data, **flags):
+        return refused(
+            capsys, "--ckpt", "random", "--arch", "tiny", "--size", 64, "--data", *data, *flags.get("more", [])
+        )
+
+    broken = tmp_path / "CUB_200_2011"
+    shutil.copytree(cub, broken)
+    shutil.rmtree(broken / "segmentations")
+    assert "no segmentations" in (line := said(broken)) and "segmentations.tgz" in line
+    (broken / "images.txt").unlink()
+    assert "no images.txt" in said(broken)
+    assert "no such folder" in said(tmp_path / "nowhere")
+    assert "one folder or two" in said(cub, cub, cub)
+    assert "no such split" in said(cub, more=["--split", tmp_path / "nowhere.txt"])
+    (tmp_path / "ids.txt").write_text("1\n99\n")
+    assert "1 ids that images.txt has not" in said(cub, more=["--split", tmp_path / "ids.txt"])
+    (tmp_path / "empty").mkdir()
+    assert "no images in" in said(cub / "images", tmp_path / "empty")
+    shutil.copytree(cub / "segmentations", tmp_path / "masks")
+    (tmp_path / "masks/001.bird/03.png").unlink()
+    assert "1 of 12 images have no mask" in said(cub / "images", tmp_path / "masks")
+    (tmp_path / "masks/001.bird/03.png").write_text("hello")
+    assert "cannot read" in said(cub / "images", tmp_path / "masks")
