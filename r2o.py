@@ -1,6 +1,6 @@
 """R2O: Region-to-Object representation learning (arXiv 2208.11821), in one file and in the paper's order:
 
-    masks -> K-means -> pooling -> networks -> loss -> curriculum -> data
+    masks -> K-means -> pooling -> networks -> loss -> curriculum -> data (-> files and pictures)
 
 Every step, R2O (1) pools the target network's C4 features over small superpixels, clusters those region
 embeddings with K-means and so draws a mask of every image, and (2) trains an encoder BYOL-style so that the
@@ -406,42 +406,6 @@ def encode(net: nn.Module, x: Tensor) -> Tensor:
     return net.layer4(encode_c4(net, x))
 
 
-def load_encoder(ckpt: str, arch: str | None = None) -> tuple[nn.Module, str]:
-    """An encoder in eval mode and a line about what it holds.
-
-    ckpt: r2o.pth, a training checkpoint (its online encoder), any torchvision ResNet's state dict (say which with
-    arch), or "random". Raises UsageError unless every tensor of the encoder is matched.
-    """
-    if ckpt == "random":
-        torch.manual_seed(0)
-        return build_encoder(arch or "resnet50").eval(), f"{arch or 'resnet50'}, randomly initialised"
-    try:
-        file = torch.load(ckpt, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UsageError(
-            f"no such checkpoint: {ckpt}; expected r2o.pth, last.pth, a torchvision state dict, or the word random"
-        ) from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise UsageError(f"{ckpt} is not a checkpoint that can be loaded safely ({str(e).splitlines()[0]})") from None
-    file = file if isinstance(file, dict) else {}
-    meant = file.get("arch") or file.get("args", {}).get("arch") or arch or "resnet50"
-    if arch not in (None, meant):
-        raise UsageError(f"{ckpt} holds a {meant}, not a {arch}: leave --arch out")
-    net = build_encoder(meant)
-    prefix = "online.encoder." if "model" in file else ""
-    state = file.get("model") or file.get("state_dict") or file
-    state = {name.removeprefix("module.").removeprefix(prefix): v for name, v in state.items() if prefix in name}
-    own = net.state_dict()
-    matched = [name for name, v in own.items() if getattr(state.get(name), "shape", None) == v.shape]
-    missing = [name for name in own if name not in matched]
-    if missing:
-        raise UsageError(
-            f"{ckpt} matches {len(matched)} of {len(own)} tensors of {meant} (not {missing[0]}): pass its --arch"
-        )
-    net.load_state_dict({name: state[name] for name in own})
-    return net.eval(), f"{meant} from {ckpt}: {len(matched)} of {len(own)} tensors matched"
-
-
 def mlp(cin: int, hidden: int, cout: int) -> nn.Module:
     """Projector and predictor. A.1."""
     return nn.Sequential(nn.Linear(cin, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, cout))
@@ -654,123 +618,6 @@ def target_momentum(step: int, steps: int, base: float = 0.99) -> float:
 # Data, 1: in the worker, decode, crop, resize and flip (A.1)
 # ---------------------------------------------------------------------------------------------------------------------
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-
-
-def list_images(folder: str | Path) -> tuple[Path, np.ndarray]:
-    """All images below folder (or below folder/train, where that exists), in a fixed order: the root, and their
-    relative names as one compact array of bytes. Raises UsageError where there are none."""
-    root = Path(folder)
-    if not root.is_dir():
-        raise UsageError(f"no such folder: {folder}; expected a folder of images, flat or nested")
-    root = root / "train" if (root / "train").is_dir() else root
-    names = []
-    for path, _, files in os.walk(root, followlinks=True):
-        names += [os.path.relpath(os.path.join(path, f), root) for f in files if f.lower().endswith(EXTENSIONS)]
-    if not names:
-        raise UsageError(f"no images in {root}; expected files that end in {' '.join(EXTENSIONS)}")
-    return root, np.array(sorted(os.fsencode(n) for n in names))
-
-
-def read_image(path: str | Path) -> Tensor:
-    """Any image file as uint8 RGB (3, h, w), upright as its EXIF tag says; of an animation the first frame.
-    Raises OSError where the file cannot be read whole."""
-    try:
-        image = decode_image(os.fspath(path), ImageReadMode.RGB, apply_exif_orientation=True)
-    except RuntimeError:  # not a format of torchvision's (BMP, TIFF, …), or damaged: Pillow tells
-        with Image.open(path) as file:
-            return TF.pil_to_tensor(file.convert("RGB"))
-    image = image[0] if image.ndim == 4 else image
-    return image if image.dtype == torch.uint8 else (image.int() // 257).to(torch.uint8)  # 16-bit PNG
-
-
-def region_maps(
-    root: Path,
-    names: np.ndarray,
-    path: str | Path,
-    prior: str = "slic",
-    num_segments: int = 100,
-    size: int = 56,
-    workers: int = 0,
-) -> tuple[np.ndarray, dict]:
-    """The region maps of all images, (n, size, size) uint8, memory-mapped: read from `path` (.npy, with a header beside
-    it in .json) or, where there is none, computed there once.
-
-    The header says what the maps were made from (prior, its parameters, scikit-image's version, a fingerprint of names
-    and file sizes), num_regions (all ids are below it) and which images are unreadable. Raises UsageError where the
-    maps at `path` were made from anything else, and where more than 1 % of the images cannot be read.
-    """
-    path, header_path = Path(path), Path(path).with_suffix(".json")
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(name + b"\0%d\n" % os.stat(os.path.join(os.fsencode(root), name)).st_size)
-    made_from = {
-        "prior": prior,
-        "num_segments": num_segments if prior == "slic" else 196,
-        "size": size,
-        "images": len(names),
-        "scikit-image": importlib.metadata.version("scikit-image"),
-        "fingerprint": digest.hexdigest()[:16],
-    }
-    if not header_path.exists():
-        partial = path.with_suffix(".partial")
-        maps = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(names), size, size))
-        unreadable, num_regions = [], 0
-        priors = torch.utils.data.DataLoader(
-            _Priors(root, names, prior, num_segments, size), batch_size=None, num_workers=workers
-        )
-        with tqdm(priors, "region maps", unit="img", dynamic_ncols=True, mininterval=1) as bar:
-            for i, (regions, problem) in enumerate(bar):
-                maps[i] = regions
-                num_regions = max(num_regions, int(regions.max()) + 1)
-                if problem:
-                    unreadable.append([i, problem])
-                    bar.write(f"unreadable: {problem}")
-                if len(unreadable) > len(names) / 100:
-                    raise UsageError(f"more than 1 % of the images in {root} are unreadable, the last {problem}")
-        maps.flush()
-        os.replace(partial, path)
-        header = made_from | {"num_regions": num_regions, "unreadable": unreadable}
-        save_atomically(header_path, lambda f: f.write(json.dumps(header).encode()))
-    header = json.loads(header_path.read_text())
-    for key, value in made_from.items():
-        if header.get(key) != value:
-            raise UsageError(
-                f"the region maps in {path} belong to other data or settings ({key} {header.get(key)}, now {value}); "
-                f"delete {path} and {header_path}, or name another file with --regions"
-            )
-    return np.load(path, mmap_mode="r"), header
-
-
-class _Priors(torch.utils.data.Dataset):
-    """The region map of every image, or what is wrong with it: every image is opened once before training starts."""
-
-    def __init__(self, root, names, prior, num_segments, size):
-        self.root, self.names, self.prior, self.num_segments, self.size = root, names, prior, num_segments, size
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, i):
-        path = self.root / os.fsdecode(self.names[i])
-        try:
-            image = read_image(path)
-        except OSError as e:
-            return np.zeros((self.size, self.size), np.uint8), f"{path} ({e})"
-        return slic_regions(image, self.num_segments, self.size) if self.prior == "slic" else grid_regions(
-            size=self.size
-        ), ""
-
-
-def save_atomically(path: str | Path, write):
-    """write(file) into a temporary file that takes path's place only once it is whole and on the disk."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
 
 def resize(image: Tensor, size: int) -> Tensor:
     """A whole image (3, h, w) uint8 -> (3, size, size), whatever its proportions."""
@@ -908,6 +755,169 @@ def normalize(x: Tensor) -> Tensor:
     """uint8 or [0, 1] float images -> ImageNet mean 0 and deviation 1 per channel."""
     x = x.float() / 255 if x.dtype == torch.uint8 else x
     return TF.normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: images, region maps, checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+def list_images(folder: str | Path) -> tuple[Path, np.ndarray]:
+    """All images below folder (or below folder/train, where that exists), in a fixed order: the root, and their
+    relative names as one compact array of bytes. Raises UsageError where there are none."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise UsageError(f"no such folder: {folder}; expected a folder of images, flat or nested")
+    root = root / "train" if (root / "train").is_dir() else root
+    names = []
+    for path, _, files in os.walk(root, followlinks=True):
+        names += [os.path.relpath(os.path.join(path, f), root) for f in files if f.lower().endswith(EXTENSIONS)]
+    if not names:
+        raise UsageError(f"no images in {root}; expected files that end in {' '.join(EXTENSIONS)}")
+    return root, np.array(sorted(os.fsencode(n) for n in names))
+
+
+def read_image(path: str | Path) -> Tensor:
+    """Any image file as uint8 RGB (3, h, w), upright as its EXIF tag says; of an animation the first frame.
+    Raises OSError where the file cannot be read whole."""
+    try:
+        image = decode_image(os.fspath(path), ImageReadMode.RGB, apply_exif_orientation=True)
+    except RuntimeError:  # not a format of torchvision's (BMP, TIFF, …), or damaged: Pillow tells
+        with Image.open(path) as file:
+            return TF.pil_to_tensor(file.convert("RGB"))
+    image = image[0] if image.ndim == 4 else image
+    return image if image.dtype == torch.uint8 else (image.int() // 257).to(torch.uint8)  # 16-bit PNG
+
+
+def region_maps(
+    root: Path,
+    names: np.ndarray,
+    path: str | Path,
+    prior: str = "slic",
+    num_segments: int = 100,
+    size: int = 56,
+    workers: int = 0,
+) -> tuple[np.ndarray, dict]:
+    """The region maps of all images, (n, size, size) uint8, memory-mapped: read from `path` (.npy, with a header beside
+    it in .json) or, where there is none, computed there once.
+
+    The header says what the maps were made from (prior, its parameters, scikit-image's version, a fingerprint of names
+    and file sizes), num_regions (all ids are below it) and which images are unreadable. Raises UsageError where the
+    maps at `path` were made from anything else, and where more than 1 % of the images cannot be read.
+    """
+    path, header_path = Path(path), Path(path).with_suffix(".json")
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name + b"\0%d\n" % os.stat(os.path.join(os.fsencode(root), name)).st_size)
+    made_from = {
+        "prior": prior,
+        "num_segments": num_segments if prior == "slic" else 196,
+        "size": size,
+        "images": len(names),
+        "scikit-image": importlib.metadata.version("scikit-image"),
+        "fingerprint": digest.hexdigest()[:16],
+    }
+    if not header_path.exists():
+        partial = path.with_suffix(".partial")
+        maps = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(names), size, size))
+        unreadable, num_regions = [], 0
+        priors = torch.utils.data.DataLoader(
+            _Priors(root, names, prior, num_segments, size), batch_size=None, num_workers=workers
+        )
+        with tqdm(priors, "region maps", unit="img", dynamic_ncols=True, mininterval=1) as bar:
+            for i, (regions, problem) in enumerate(bar):
+                maps[i] = regions
+                num_regions = max(num_regions, int(regions.max()) + 1)
+                if problem:
+                    unreadable.append([i, problem])
+                    bar.write(f"unreadable: {problem}")
+                if len(unreadable) > len(names) / 100:
+                    raise UsageError(f"more than 1 % of the images in {root} are unreadable, the last {problem}")
+        maps.flush()
+        os.replace(partial, path)
+        header = made_from | {"num_regions": num_regions, "unreadable": unreadable}
+        save_atomically(header_path, lambda f: f.write(json.dumps(header).encode()))
+    header = json.loads(header_path.read_text())
+    for key, value in made_from.items():
+        if header.get(key) != value:
+            raise UsageError(
+                f"the region maps in {path} belong to other data or settings ({key} {header.get(key)}, now {value}); "
+                f"delete {path} and {header_path}, or name another file with --regions"
+            )
+    return np.load(path, mmap_mode="r"), header
+
+
+class _Priors(torch.utils.data.Dataset):
+    """The region map of every image, or what is wrong with it: every image is opened once before training starts."""
+
+    def __init__(self, root, names, prior, num_segments, size):
+        self.root, self.names, self.prior, self.num_segments, self.size = root, names, prior, num_segments, size
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        path = self.root / os.fsdecode(self.names[i])
+        try:
+            image = read_image(path)
+        except OSError as e:
+            return np.zeros((self.size, self.size), np.uint8), f"{path} ({e})"
+        return slic_regions(image, self.num_segments, self.size) if self.prior == "slic" else grid_regions(
+            size=self.size
+        ), ""
+
+
+def save_atomically(path: str | Path, write):
+    """write(file) into a temporary file that takes path's place only once it is whole and on the disk."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def load_file(path: str | Path) -> dict:
+    """A checkpoint of tensors and plain types. Raises UsageError where there is none, or it holds anything else."""
+    try:
+        file = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(
+            f"no such checkpoint: {path}; expected r2o.pth, last.pth or a torchvision state dict"
+        ) from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise UsageError(f"{path} is not a checkpoint that can be loaded safely ({str(e).splitlines()[0]})") from None
+    return file if isinstance(file, dict) else {}
+
+
+def load_encoder(ckpt: str, arch: str | None = None) -> tuple[nn.Module, str]:
+    """An encoder in eval mode and a line about what it holds.
+
+    ckpt: r2o.pth, a training checkpoint (its online encoder), any torchvision ResNet's state dict (say which with
+    arch), or "random". Raises UsageError unless every tensor of the encoder is matched.
+    """
+    if ckpt == "random":
+        torch.manual_seed(0)
+        return build_encoder(arch or "resnet50").eval(), f"{arch or 'resnet50'}, randomly initialised"
+    file = load_file(ckpt)
+    meant = file.get("arch") or file.get("args", {}).get("arch") or arch or "resnet50"
+    if arch not in (None, meant):
+        raise UsageError(f"{ckpt} holds a {meant}, not a {arch}: leave --arch out")
+    net = build_encoder(meant)
+    prefix = "online.encoder." if "model" in file else ""
+    state = file.get("model") or file.get("state_dict") or file
+    state = {name.removeprefix("module.").removeprefix(prefix): v for name, v in state.items() if prefix in name}
+    own = net.state_dict()
+    matched = [name for name, v in own.items() if getattr(state.get(name), "shape", None) == v.shape]
+    missing = [name for name in own if name not in matched]
+    if missing:
+        raise UsageError(
+            f"{ckpt} matches {len(matched)} of {len(own)} tensors of {meant} (not {missing[0]}): pass its --arch"
+        )
+    net.load_state_dict({name: state[name] for name in own})
+    return net.eval(), f"{meant} from {ckpt}: {len(matched)} of {len(own)} tensors matched"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,13 +29,14 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 def parse_args(argv=None):
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this process
     p = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
     add = p.add_argument_group("data and output").add_argument
     add("--data", required=True, help="folder of images, flat or nested; its subfolder train, where there is one")
     add("--out", default="out", help="folder for checkpoints, log and pictures; training goes on from what it holds")
     add("--keep-every", type=int, default=0, help="also keep the encoder of every this many epochs, as epoch_0100.pth")
     add("--regions", help="file of the region maps (default OUT/regions.npy); name one to share it between runs")
-    add("--workers", type=int, default=min(16, os.cpu_count()), help="per process; raise while the GPU waits for data")
+    add("--workers", type=int, default=min(16, max(1, cores)), help="per process; raise while the GPU waits for data")
     add = p.add_argument_group("training (A.1)").add_argument
     add("--arch", default="resnet50", choices=r2o.ARCHS, help="resnet18 for small data, tiny for 64-pixel images")
     add("--epochs", type=int, default=300, help="passes over the data; small data wants more")
@@ -118,9 +119,9 @@ def load_checkpoint(path: Path, args) -> dict | None:
     """The checkpoint to go on from, None where there is none. Refuses one that was made with other settings."""
     if not path.exists():
         return None
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = r2o.load_file(path)
     for key, now in vars(args).items():
-        then = checkpoint["args"].get(key)
+        then = checkpoint.get("args", {}).get(key)
         if key not in ("data", "out", "regions", "workers", "keep_every") and then != now:
             flag = "--" + key.replace("_", "-")
             raise r2o.UsageError(
