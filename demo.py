@@ -207,7 +207,7 @@ def main():
     make_scenes(args.out / "held-out", 192, first=10**6)
     scenes = load_scenes(args.out / "held-out")
     images, truth, regions = scenes
-    five = torch.from_numpy(np.stack([r2o.slic_regions(image, 5, SIDE // 4) for image in images]))
+    five = torch.stack([r2o.slic_regions(image, 5, SIDE // 4) for image in images])
     prior = [matched_iou(enlarge(five), truth), *[best_overlap(enlarge(regions), truth)] * 2]
 
     runs = [run(args.out, seed, flags, scenes) for seed in args.seeds]

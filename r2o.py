@@ -104,7 +104,7 @@ def _check_ids(name: str, ids: Tensor, count: int):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def slic_regions(image, num_segments: int = 100, size: int = 56) -> np.ndarray:
+def slic_regions(image, num_segments: int = 100, size: int = 56) -> Tensor:
     """SLIC superpixels of one image, as a coarse map. Sec. 3.1.
 
     image: PIL image, uint8 or [0, 1] float array (h, w, 3), or tensor (3, h, w). It is resized to (4 size)^2, 224 x 224
@@ -122,16 +122,14 @@ def slic_regions(image, num_segments: int = 100, size: int = 56) -> np.ndarray:
     rgb = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
     segments = slic(np.asarray(rgb, dtype=np.float32) / 255, n_segments=num_segments, start_label=0)
     names, ids = np.unique(segments[2::4, 2::4], return_inverse=True)
-    _check(
-        len(names) <= 256, f"SLIC gave {len(names)} regions, a uint8 map holds 256: ask for fewer than {num_segments}"
-    )
-    return ids.reshape(size, size).astype(np.uint8)
+    _check(len(names) <= 256, f"SLIC gave {len(names)} regions, more than 256: ask for fewer than {num_segments}")
+    return torch.from_numpy(ids.reshape(size, size).astype(np.uint8))
 
 
-def grid_regions(cells: int = 14, size: int = 56) -> np.ndarray:
+def grid_regions(cells: int = 14, size: int = 56) -> Tensor:
     """The prior without an image: cells x cells square patches, uint8 (size, size). A.7."""
-    row = np.arange(size) * cells // size
-    return (row[:, None] * cells + row).astype(np.uint8)
+    row = torch.arange(size) * cells // size
+    return (row[:, None] * cells + row).to(torch.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,9 +183,8 @@ def seeding_uniforms(groups: int, num_clusters: int, generator=None, device=None
     """The random numbers one K-means needs, drawn in one call so that all implementations seed alike: (G, K, T),
     with T = 2 + floor(ln K) candidates for each seed (greedy k-means++)."""
     device = generator.device if generator is not None else device
-    return torch.rand(
-        groups, num_clusters, 2 + int(math.log(num_clusters)), dtype=torch.float64, generator=generator, device=device
-    )
+    shape = groups, num_clusters, 2 + int(math.log(num_clusters))
+    return torch.rand(shape, dtype=torch.float64, generator=generator, device=device)
 
 
 def kmeans_ref(points: Tensor, valid: Tensor, uniforms: Tensor, max_iters: int) -> tuple[Tensor, Tensor]:
@@ -281,12 +278,14 @@ def crop_masks_ref(masks: Tensor, boxes: Tensor, flips: Tensor, num_clusters: in
 def crop_masks(masks: Tensor, boxes: Tensor, flips: Tensor, num_clusters: int, size: int) -> Tensor:
     """The masks m as one view sees them (m1 or m2): RoIAlign of one-hot m with the view's box, mirrored with the view.
 
-    masks: (B, h, w) integer cluster ids < num_clusters. boxes: (B, 4), xyxy in [0, 1] of the full image. flips: (B,)
-    bool. Returns float32 weights (B, K, size, size) in [0, 1]. Raises ValueError for input that does not fit.
+    masks: (B, h, w) integer cluster ids < num_clusters. boxes: (B, 4), xyxy in [0, 1] of the full image. flips: (B,),
+    non-zero where mirrored. Returns float32 weights (B, K, size, size) in [0, 1].
+    Raises ValueError for input that does not fit.
     Equivalent to: flip(torchvision.ops.roi_align(one_hot(m), boxes * [w, h, w, h], size, aligned=True)).
     """
     _expect("masks", masks, "integer", None, None, None)
     _expect("boxes", boxes, "float", len(masks), 4, device=masks.device)
+    flips = flips.bool()
     _expect("flips", flips, "bool", len(masks), device=masks.device)
     _check(num_clusters > 0 and size > 0, f"num_clusters and size must be positive, got {num_clusters} and {size}")
     _check_ids("cluster ids", masks, num_clusters)
@@ -295,10 +294,9 @@ def crop_masks(masks: Tensor, boxes: Tensor, flips: Tensor, num_clusters: int, s
 
 
 def mask_pool_ref(features: Tensor, weights: Tensor, pairs: Tensor) -> Tensor:
-    w = _full(weights.detach()).flatten(2)  # (B, K, HW)
-    w = w.to(_full(features[:0]).dtype)
+    w, f = weights.detach().flatten(2), _full(features).flatten(2)  # (B, K, HW), (B, C, HW)
     total = w.sum(2, keepdim=True)
-    h = torch.einsum("bkn,bcn->bkc", w, _full(features).flatten(2)) / torch.where(total > 0, total, 1)
+    h = torch.einsum("bkn,bcn->bkc", w, f) / torch.where(total > 0, total, 1)
     return h[pairs[:, 0], pairs[:, 1]]  # (P, C)
 
 
@@ -333,9 +331,8 @@ if r2o_C is not None:
 
     @torch.library.register_fake("r2o::kmeans")
     def _(points, valid, uniforms, max_iters):
-        return points.new_empty(len(points), uniforms.shape[1], points.shape[2]), valid.new_empty(
-            valid.shape, dtype=torch.long
-        )
+        (G, N, D), K = points.shape, uniforms.shape[1]
+        return points.new_empty(G, K, D), valid.new_empty(G, N, dtype=torch.long)
 
     @torch.library.register_fake("r2o::crop_masks")
     def _(masks, boxes, flips, num_clusters, size):
@@ -376,12 +373,9 @@ class Tiny(nn.Module):
         self.conv1 = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
         self.bn1, self.relu, self.maxpool = nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.Identity()
         for i, (cin, cout, stride) in enumerate([(16, 16, 1), (16, 32, 2), (32, 64, 1), (64, 128, 2)]):
-            down = (
-                nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
-                if cin != cout
-                else None
-            )
-            setattr(self, f"layer{i + 1}", nn.Sequential(BasicBlock(cin, cout, stride, down)))
+            down = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+            block = BasicBlock(cin, cout, stride, down if cin != cout else None)
+            setattr(self, f"layer{i + 1}", nn.Sequential(block))
 
 
 def build_encoder(arch: str) -> nn.Module:
@@ -432,12 +426,8 @@ class R2O(nn.Module):
         super().__init__()
         if assign not in ("pixel", "region"):
             raise UsageError(f"no mask assignment {assign!r}: choose pixel or region")
-        self.num_regions, self.kmeans_group, self.kmeans_iters, self.assign = (
-            num_regions,
-            kmeans_group,
-            kmeans_iters,
-            assign,
-        )
+        self.num_regions, self.assign = num_regions, assign
+        self.kmeans_group, self.kmeans_iters = kmeans_group, kmeans_iters
         encoder = build_encoder(arch)
         channels = [m for m in encoder.layer4.modules() if isinstance(m, nn.BatchNorm2d)][-1].num_features
         self.online = nn.ModuleDict({"encoder": encoder, "projector": mlp(channels, hidden, dim)})  # theta
@@ -493,9 +483,8 @@ class R2O(nn.Module):
             raise UsageError(f"{B} images per process do not divide into K-means groups of {group}: change one of them")
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         G = B // group
-        uniforms = seeding_uniforms(G * world, K, generator)[rank * G : (rank + 1) * G].to(
-            images.device, non_blocking=True
-        )
+        uniforms = seeding_uniforms(G * world, K, generator)[rank * G : (rank + 1) * G]
+        uniforms = uniforms.to(images.device, non_blocking=True)
 
         # (1) Draw the masks, and see them as each view does.
         m = self.predict_masks(self.target["encoder"], images, regions, K, uniforms)  # (B, H, W)
@@ -521,9 +510,8 @@ class R2O(nn.Module):
         loss = (loss.sum() if P else 0 * loss.sum()) * world / total.clamp(min=1)  # DDP averages over ranks
         stats = {
             "pairs": torch.tensor(P / B),  # masks per image that both views see
-            "masks": F.one_hot(m.flatten(1), K).amax(1).sum(1).float().mean(),  # masks per image
-            "spread": F.normalize(z.float(), dim=1).std(0, correction=0).mean()
-            * z.shape[1] ** 0.5,  # near 1; 0 is collapse
+            "masks": m.new_zeros(B, K).scatter_(1, m.flatten(1), 1).sum(1).float().mean(),  # masks per image
+            "spread": math.sqrt(z.shape[1]) * F.normalize(z.float(), dim=1).std(0, correction=0).mean(),  # 0: collapse
         }
         return loss, stats
 
@@ -863,7 +851,7 @@ class _Priors(torch.utils.data.Dataset):
         try:
             image = read_image(path)
         except OSError as e:
-            return np.zeros((self.size, self.size), np.uint8), f"{path} ({e})"
+            return torch.zeros(self.size, self.size, dtype=torch.uint8), f"{path} ({e})"
         return slic_regions(image, self.num_segments, self.size) if self.prior == "slic" else grid_regions(
             size=self.size
         ), ""

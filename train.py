@@ -25,7 +25,8 @@ import r2o
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parse_args(argv=None):
@@ -34,7 +35,13 @@ def parse_args(argv=None):
     add = p.add_argument_group("data and output").add_argument
     add("--data", required=True, help="folder of images, flat or nested; its subfolder train, where there is one")
     add("--out", default="out", help="folder for checkpoints, log and pictures; training goes on from what it holds")
-    add("--keep-every", type=int, default=0, help="also keep the encoder of every this many epochs, as epoch_0100.pth")
+    add(
+        "--keep-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also keep the encoder of every N-th epoch, as epoch_0100.pth (0: none)",
+    )
     add("--regions", help="file of the region maps (default OUT/regions.npy); name one to share it between runs")
     add("--workers", type=int, default=min(16, max(1, cores)), help="per process; raise while the GPU waits for data")
     add = p.add_argument_group("training (A.1)").add_argument
@@ -44,7 +51,7 @@ def parse_args(argv=None):
     add("--size", type=int, default=224, help="side of the views in pixels; lower only for small images")
     add("--lr", type=float, default=0.3, help="peak for a batch of 256 and K = --lr-k; raise for very short runs")
     add("--lr-k", type=float, default=16, help="the learning rate is multiplied by K / this; 0: by nothing")
-    add("--weight-decay", type=float, default=1e-6, help="of matrices; lower never helped")
+    add("--weight-decay", type=float, default=1e-6, help="of weight matrices; biases and batch norm have none")
     add("--tau", type=float, default=0.99, help="momentum of the target at the start; lower for very short runs")
     add("--hidden", type=int, default=4096, help="width of projector and predictor; lower for tiny")
     add("--dim", type=int, default=256, help="width of projections; lower for tiny")

@@ -153,7 +153,7 @@ def test_one_batch_can_be_overfitted():
     model = r2o.R2O("tiny", num_regions=16, hidden=32, dim=16)
     optimizer = r2o.LARS([p for p in model.parameters() if p.requires_grad], lr=0.5)
     images, views = torch.rand(8, 3, 32, 32), torch.rand(16, 3, 32, 32)
-    regions = torch.from_numpy(r2o.grid_regions(4, 8)).expand(8, -1, -1)
+    regions = r2o.grid_regions(4, 8).expand(8, -1, -1)
     boxes = torch.tensor([[[0.0, 0, 0.8, 0.8], [0.1, 0.1, 1, 1]]]).repeat(8, 1, 1)
     losses = []
     for _ in range(20):
