@@ -60,7 +60,7 @@ if not problem:
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402  (reads CUDA_HOME when imported)
 
 sources = ["csrc/ops.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))]
-flags = {"cxx": ["-O3", "-fopenmp"] if sys.platform == "linux" else ["-O3"]}
+flags = {"cxx": ["-O3", "-ffp-contract=off"] + (["-fopenmp"] if sys.platform == "linux" else [])}
 if not problem:
     sources += map(str, sorted(Path("csrc/cuda").glob("*.cu")))
     flags["cxx"].append("-DR2O_WITH_CUDA")

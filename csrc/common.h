@@ -88,11 +88,21 @@ inline void check_mask_pool_grad(const Tensor& grad, const Tensor& weights, cons
   check_same_device(grad, weights);
 }
 
-// RoIAlign (aligned, adaptive sampling) reads a window from `low` to `high`, in pixels, in `size` bins. Adds to taps[0 …
-// length) the weight of every pixel in bin `bin`; they sum to 1 where the window is inside the map. The 2-D weight of a
-// pixel is the product of its two taps: the operator is separable. Same roundings as torchvision's, step by step.
+// a * b rounded on its own: fused with a subtraction it would round otherwise, and ceil below could go the other way.
+R2O_HD float product(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return a * b;  // built with -ffp-contract=off
+#endif
+}
+
+// RoIAlign (aligned, adaptive sampling) reads a window of a row of pixels, from `low` to `high` of its length, in `size`
+// bins. Adds to taps[0 … length) the weight of every pixel in bin `bin`; they sum to 1 where the window is inside the
+// map. The 2-D weight of a pixel is the product of its two taps: the operator is separable. The number of samples comes
+// from the same roundings as torchvision's.
 R2O_HD void roi_taps(float low, float high, int size, int bin, int length, float* taps) {
-  const float start = low - 0.5f, extent = (high - 0.5f) - start, step = extent / size;
+  const float start = product(low, length) - 0.5f, extent = (product(high, length) - 0.5f) - start, step = extent / size;
   const int samples = static_cast<int>(ceilf(extent / size));
   for (int s = 0; s < samples; ++s) {
     float y = start + bin * step + (s + 0.5f) * step / samples;

@@ -119,7 +119,8 @@ def crop_case(B, h, w, K, seed, device):
     masks = torch.randint(K, (B, w, h), generator=rng(seed)).to(device, torch.uint8).mT
     corner = torch.rand(B, 2, generator=rng(seed)) * 0.9
     boxes = torch.cat([corner, corner + (1 - corner) * torch.rand(B, 2, generator=rng(seed + 1))], 1)
-    boxes[seed % max(B, 1) :: 3] = torch.tensor([0.0, 0, 1, 1])  # whole images: windows whose bins hold whole pixels
+    if seed % 2:  # whole, half and quarter images: windows whose bins hold whole pixels, where rounding decides
+        boxes = boxes.mul(4).floor().div(4) + torch.tensor([0, 0, 0.25, 0.25])
     return masks, boxes.to(device), torch.rand(B, generator=rng(seed)).to(device) < 0.5, K
 
 

@@ -29,10 +29,10 @@ Tensor crop_masks_cpu(const Tensor& masks, const Tensor& boxes, const Tensor& fl
       const bool mirrored = flip.const_data_ptr<bool>()[b];
       for (int64_t i = 0; i < S; ++i) {
         std::fill(taps_y.begin(), taps_y.end(), 0.0f);
-        roi_taps(xyxy[1] * h, xyxy[3] * h, S, i, h, taps_y.data());
+        roi_taps(xyxy[1], xyxy[3], S, i, h, taps_y.data());
         for (int64_t j = 0; j < S; ++j) {
           std::fill(taps_x.begin(), taps_x.end(), 0.0f);
-          roi_taps(xyxy[0] * w, xyxy[2] * w, S, mirrored ? S - 1 - j : j, w, taps_x.data());
+          roi_taps(xyxy[0], xyxy[2], S, mirrored ? S - 1 - j : j, w, taps_x.data());
           for (int64_t y = 0; y < h; ++y)
             if (taps_y[y] != 0.0f)
               for (int64_t x = 0; x < w; ++x) out[((b * K + id[(b * h + y) * w + x]) * S + i) * S + j] += taps_y[y] * taps_x[x];

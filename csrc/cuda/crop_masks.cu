@@ -25,9 +25,9 @@ __global__ void crop(const int64_t* ids, const float* boxes, const bool* flips, 
   for (int i = threadIdx.x; i < 2 * size; i += blockDim.x) {
     const int bin = i % size;
     if (i < size)
-      roi_taps(xyxy[1] * h, xyxy[3] * h, size, bin, h, taps_y + bin * h);
+      roi_taps(xyxy[1], xyxy[3], size, bin, h, taps_y + bin * h);
     else
-      roi_taps(xyxy[0] * w, xyxy[2] * w, size, flips[b] ? size - 1 - bin : bin, w, taps_x + bin * w);
+      roi_taps(xyxy[0], xyxy[2], size, flips[b] ? size - 1 - bin : bin, w, taps_x + bin * w);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < size * size; i += blockDim.x) {

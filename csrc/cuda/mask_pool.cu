@@ -18,53 +18,53 @@
 namespace r2o {
 namespace {
 
-// 1 / (the mask's weight) of every row, 0 where it has none; a thread per row.
+// The weight of every row's mask, 0 where the pair is out of range; a thread per row.
 template <typename T>
-__global__ void inverse_weight(const T* weights, const int64_t* pairs, T* inverse, int64_t P, int64_t B, int64_t K, int cells) {
+__global__ void total_weight(const T* weights, const int64_t* pairs, T* totals, int64_t P, int64_t B, int64_t K, int cells) {
   const int64_t p = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (p >= P) return;
   const int64_t b = pairs[2 * p], k = pairs[2 * p + 1];
   T total = 0;
   if (b >= 0 && b < B && k >= 0 && k < K)
     for (int n = 0; n < cells; ++n) total += weights[(b * K + k) * cells + n];
-  inverse[p] = total > 0 ? 1 / total : 0;
+  totals[p] = total;
 }
 
 template <typename In, typename T>
-__global__ void pool(const In* features, const T* weights, const int64_t* pairs, const T* inverse, T* h, int C, int64_t K, int cells, int W,
+__global__ void pool(const In* features, const T* weights, const int64_t* pairs, const T* totals, T* h, int C, int64_t K, int cells, int W,
                      int64_t stride_b, int64_t stride_c, int64_t stride_y, int64_t stride_x) {
   const int64_t p = blockIdx.x, b = pairs[2 * p], k = pairs[2 * p + 1];
-  const T scale = inverse[p];
+  const T total = totals[p];
   for (int c = threadIdx.x; c < C; c += blockDim.x) {
     T sum = 0;
-    if (scale > 0)
+    if (total > 0)
       for (int n = 0; n < cells; ++n) {
         const T w = weights[(b * K + k) * cells + n];
         if (w != 0) sum += w * static_cast<T>(features[b * stride_b + c * stride_c + n / W * stride_y + n % W * stride_x]);
       }
-    h[p * C + c] = sum * scale;
+    h[p * C + c] = total > 0 ? sum / total : 0;
   }
 }
 
 template <typename T>
-__global__ void spread(const T* dh, const T* weights, const int64_t* pairs, const T* inverse, T* df, int64_t P, int C, int64_t K, int cells) {
+__global__ void spread(const T* dh, const T* weights, const int64_t* pairs, const T* totals, T* df, int64_t P, int C, int64_t K, int cells) {
   const int64_t b = blockIdx.x / cells, n = blockIdx.x % cells;
   for (int c = threadIdx.x; c < C; c += blockDim.x) {
     T sum = 0;
     for (int64_t p = 0; p < P; ++p)
-      if (pairs[2 * p] == b && inverse[p] > 0) sum += weights[(b * K + pairs[2 * p + 1]) * cells + n] * inverse[p] * dh[p * C + c];
+      if (pairs[2 * p] == b && totals[p] > 0) sum += weights[(b * K + pairs[2 * p + 1]) * cells + n] / totals[p] * dh[p * C + c];
     df[blockIdx.x * static_cast<int64_t>(C) + c] = sum;  // (B, H, W, C)
   }
 }
 
 template <typename T>
-Tensor inverse_weights(const Tensor& w, const Tensor& rows, cudaStream_t stream) {
+Tensor total_weights(const Tensor& w, const Tensor& rows, cudaStream_t stream) {
   const int64_t P = rows.size(0);
-  Tensor inverse = at::empty({P}, w.options());
-  inverse_weight<T><<<(P + 127) / 128, 128, 0, stream>>>(w.const_data_ptr<T>(), rows.const_data_ptr<int64_t>(), inverse.mutable_data_ptr<T>(), P,
-                                                         w.size(0), w.size(1), w.size(2) * w.size(3));
+  Tensor totals = at::empty({P}, w.options());
+  total_weight<T><<<(P + 127) / 128, 128, 0, stream>>>(w.const_data_ptr<T>(), rows.const_data_ptr<int64_t>(), totals.mutable_data_ptr<T>(), P,
+                                                       w.size(0), w.size(1), w.size(2) * w.size(3));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return inverse;
+  return totals;
 }
 
 }  // namespace
@@ -80,9 +80,9 @@ Tensor mask_pool_cuda(const Tensor& features, const Tensor& weights, const Tenso
   const Tensor w = weights.contiguous(), rows = pairs.to(at::kLong).contiguous();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, features.scalar_type(), "mask_pool", [&] {
     using T = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-    const Tensor inverse = inverse_weights<T>(w, rows, stream);
+    const Tensor totals = total_weights<T>(w, rows, stream);
     pool<scalar_t, T><<<P, 256, 0, stream>>>(features.const_data_ptr<scalar_t>(), w.const_data_ptr<T>(), rows.const_data_ptr<int64_t>(),
-                                             inverse.const_data_ptr<T>(), h.mutable_data_ptr<T>(), C, w.size(1), H * W, W, features.stride(0),
+                                             totals.const_data_ptr<T>(), h.mutable_data_ptr<T>(), C, w.size(1), H * W, W, features.stride(0),
                                              features.stride(1), features.stride(2), features.stride(3));
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -99,9 +99,9 @@ Tensor mask_pool_backward_cuda(const Tensor& grad, const Tensor& weights, const 
   if (df.numel() && P) {
     const Tensor dh = grad.contiguous(), w = weights.contiguous(), rows = pairs.to(at::kLong).contiguous();
     AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "mask_pool_backward", [&] {
-      const Tensor inverse = inverse_weights<scalar_t>(w, rows, stream);
+      const Tensor totals = total_weights<scalar_t>(w, rows, stream);
       spread<scalar_t><<<B * H * W, 256, 0, stream>>>(dh.const_data_ptr<scalar_t>(), w.const_data_ptr<scalar_t>(), rows.const_data_ptr<int64_t>(),
-                                                      inverse.const_data_ptr<scalar_t>(), df.mutable_data_ptr<scalar_t>(), P, C, w.size(1), H * W);
+                                                      totals.const_data_ptr<scalar_t>(), df.mutable_data_ptr<scalar_t>(), P, C, w.size(1), H * W);
     });
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
