@@ -632,7 +632,11 @@ class ImageRegions(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         epoch, i = key[0], int(self.keep[key[1]])
-        image = read_image(self.root / os.fsdecode(self.names[i]))
+        path = self.root / os.fsdecode(self.names[i])
+        try:
+            image = read_image(path)
+        except OSError as e:
+            raise UsageError(f"{path} can no longer be read ({e}): mend it, or delete the region maps") from None
         h, w = image.shape[1:]
         rng = torch.default_generator  # torchvision's samplers draw from it
         rng.manual_seed(int(np.random.SeedSequence([self.seed, epoch, i]).generate_state(1, np.uint64)[0] >> 1))

@@ -175,8 +175,12 @@ def train(args):
 
     # Data. The region maps are made once, before the processes are tied together: the others wait without a timeout.
     root, names = r2o.list_images(args.data)
-    out.mkdir(parents=True, exist_ok=True)
     maps_file = Path(args.regions or out / "regions.npy")
+    for folder in (out, maps_file.parent):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise r2o.UsageError(f"cannot make the folder {folder} ({e.strerror}): pass another") from None
     while rank > 0 and not maps_file.with_suffix(".json").exists():
         time.sleep(0.5)
     maps, header = r2o.region_maps(root, names, maps_file, args.prior, args.segments, args.size // 4, args.workers)
@@ -288,7 +292,7 @@ def main(argv=None):
         train(parse_args(argv))
     except r2o.UsageError as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"train.py: error: {e}", file=sys.stderr)
+            print(f"train.py: error: {str(e).splitlines()[-1]}", file=sys.stderr)  # a worker's traceback comes first
         sys.exit(2)
 
 

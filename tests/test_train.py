@@ -194,6 +194,7 @@ def refuse(capsys, monkeypatch):
         (["--size", "40"], "pass a multiple of 32"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--workers", "-1"], "--workers must not be negative"),
+        (["--out", "/dev/null/out"], "cannot make the folder /dev/null/out (Not a directory): pass another"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_at_once(photos, tmp_path, refuse, flags, said):
@@ -241,3 +242,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_epoch_before(phot
     assert "the loss of epoch 2 is not finite" in said
     state = load(tmp_path / "last.pth")
     assert state["epoch"] == 1 and all(x.isfinite().all() for x in state["model"].values())
+
+
+def test_an_image_lost_after_the_maps_were_made_stops_the_run_in_one_line(tmp_path, refuse):
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(8):
+        picture(i).save(data / f"{i}.png")
+    flags = ["--data", data, "--out", tmp_path / "out", *SMALL, "--workers", "1"]
+    root, names = r2o.list_images(data)
+    (tmp_path / "out").mkdir()
+    r2o.region_maps(root, names, tmp_path / "out/regions.npy", num_segments=20, size=8)
+    content = (data / "3.png").read_bytes()
+    (data / "3.png").write_bytes(b"x" * len(content))
+    assert "3.png can no longer be read" in refuse(*flags)
