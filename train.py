@@ -83,14 +83,8 @@ class Batches:
     permutation, each batch a slice of it, each process's share a slice of the batch. The remainder is dropped."""
 
     def __init__(self, images: int, batch: int, epoch: int, epochs: int, seed: int, rank: int, world: int):
-        self.images, self.batch, self.epochs, self.seed, self.rank, self.share = (
-            images,
-            batch,
-            range(epoch, epochs),
-            seed,
-            rank,
-            batch // world,
-        )
+        self.images, self.batch, self.epochs = images, batch, range(epoch, epochs)
+        self.seed, self.rank, self.share = seed, rank, batch // world
 
     def __iter__(self):
         for epoch in self.epochs:
@@ -101,7 +95,7 @@ class Batches:
 
 
 def check(args, world: int, images: int, num_regions: int):
-    """Refuses what cannot work, before anything is computed."""
+    """Refuses what cannot work: once before the region maps are made, and again when they are there."""
     batch, share = args.batch_size, args.batch_size // world
     group = min(args.kmeans_group, max(share, 1))
     k = max(args.k_start, args.k_end)
@@ -159,7 +153,7 @@ def draw_strip(path: Path, model: r2o.R2O, film: dict, masks: list, k: int, epoc
     encoder = model.online["encoder"].eval()
     m = model.predict_masks(encoder, r2o.normalize(images), regions, k, uniforms)[:8]
     encoder.train()
-    masks.append([epoch, k, m.to("cpu", torch.uint8)])
+    masks.append([epoch, k, m.to("cpu", torch.int16)])
     shown = [masks[i] for i in sorted({*np.linspace(0, len(masks) - 1, 6).astype(int)})]
     image, prior = film["image"][:8], film["regions"][:8]
     columns = [("image", image), (f"prior, R = {int(prior.max()) + 1}", r2o.paint(image, prior))]
@@ -175,6 +169,7 @@ def train(args):
 
     # Data. The region maps are made once, before the processes are tied together: the others wait without a timeout.
     root, names = r2o.list_images(args.data)
+    check(args, world, len(names), num_regions=256)
     maps_file = Path(args.regions or out / "regions.npy")
     for folder in (out, maps_file.parent):
         try:
