@@ -278,16 +278,19 @@ def train(args):
     if rank == 0:
         export(out / "r2o.pth", model, args, args.epochs)
         print(f"wrote {out / 'r2o.pth'}")
-    if world > 1:
-        dist.destroy_process_group()
 
 
 def main(argv=None):
+    problem = None
     try:
         train(parse_args(argv))
     except r2o.UsageError as e:
+        problem = str(e).splitlines()[-1]  # a loader worker's traceback comes before it
+    if dist.is_initialized():  # after train()'s DDP is gone: were it the last to let go of gloo, it could deadlock
+        dist.destroy_process_group()
+    if problem:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"train.py: error: {str(e).splitlines()[-1]}", file=sys.stderr)  # a worker's traceback comes first
+            print(f"train.py: error: {problem}", file=sys.stderr)
         sys.exit(2)
 
 
