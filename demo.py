@@ -166,10 +166,17 @@ def measure(encoder, scenes) -> list[float]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run(out: Path, seed: int, flags: list[str], scenes) -> dict[str, list[float]]:
+def run(out: Path, seed: int, count: int, flags: list[str], scenes) -> dict[str, list[float]]:
     """Trains with one seed, measures, draws the film strip."""
     images, truth, regions = scenes
-    command = [sys.executable, "train.py", "--data", out / "train/images", "--regions", out / "regions.npy"]
+    command = [
+        sys.executable,
+        "train.py",
+        "--data",
+        out / f"train-{count}/images",
+        "--regions",
+        out / f"train-{count}/regions.npy",
+    ]
     command += ["--out", out / f"seed{seed}", "--seed", seed, *RECIPE.split(), *flags]
     command = [str(part) for part in command]
     print("\n" + " ".join(["python", *command[1:]]), flush=True)
@@ -188,7 +195,7 @@ def run(out: Path, seed: int, flags: list[str], scenes) -> dict[str, list[float]
         kept = out / f"seed{seed}/epoch_{epoch:04}.pth"
         encoder = r2o.load_encoder(str(kept))[0] if epoch else start
         m = predict(encoder, images[:GROUP], regions[:GROUP], k, "pixel")[shown]
-        columns.append((f"{epoch}: K = {k}", r2o.paint(images[shown], m)))
+        columns.append((f"epoch {epoch}, K = {k}", r2o.paint(images[shown], m)))
     columns.append(("truth", r2o.paint(images[shown], truth[shown])))
     r2o.film_strip(columns, zoom=2).save(out / f"seed{seed}/film.png")
     return rows
@@ -203,14 +210,14 @@ def main():
     p.add_argument("--scenes", type=int, default=2000, help="to train on")
     args, flags = p.parse_known_args()
 
-    make_scenes(args.out / "train", args.scenes, first=0)
+    make_scenes(args.out / f"train-{args.scenes}", args.scenes, first=0)
     make_scenes(args.out / "held-out", 192, first=10**6)
     scenes = load_scenes(args.out / "held-out")
     images, truth, regions = scenes
     five = torch.stack([r2o.slic_regions(image, 5, SIDE // 4) for image in images])
     prior = [matched_iou(enlarge(five), truth), *[best_overlap(enlarge(regions), truth)] * 2]
 
-    runs = [run(args.out, seed, flags, scenes) for seed in args.seeds]
+    runs = [run(args.out, seed, args.scenes, flags, scenes) for seed in args.seeds]
     table = {name: np.array([rows[name] for rows in runs]) for name in runs[0]}
     table = {"SLIC prior": np.array([prior]), **table}
     (args.out / "demo.json").write_text(json.dumps({name: rows.tolist() for name, rows in table.items()}, indent=1))

@@ -24,11 +24,13 @@ import r2o
 
 
 def read_foreground(path: Path) -> torch.Tensor:
-    """A mask file as bool (h, w): above half of 255 (CUB's grey levels count annotators), or any id but 0 and 255."""
+    """A mask file as bool (h, w): above half of 255 (CUB's grey levels count annotators), or, where all values but 0
+    and 255 are below 51, any of these: ids of objects or classes, 255 being void."""
     with Image.open(path) as file:
         mask = torch.from_numpy(np.array(file if file.mode == "P" else file.convert("L")))
-        levels = file.mode != "P" and int(mask.max()) > 127
-    return mask > 127 if levels else (mask > 0) & (mask < 255)
+    between = mask[(mask > 0) & (mask < 255)]
+    ids = between.numel() and int(between.max()) < 51  # CUB's lowest level
+    return (mask > 0) & (mask < 255) if ids else mask > 127
 
 
 def list_cub(folder: Path, split: str) -> list[tuple[Path, Path]]:
@@ -43,11 +45,12 @@ def list_cub(folder: Path, split: str) -> list[tuple[Path, Path]]:
             f"no segmentations in {folder}: they are a download of their own, segmentations.tgz "
             "beside CUB_200_2011.tgz at data.caltech.edu/records/65de6-vp158; unpack it there"
         )
-    names = dict(line.split() for line in (folder / "images.txt").read_text().splitlines())
+    rows = [line.split(maxsplit=1) for line in (folder / "images.txt").read_text().splitlines() if line.strip()]
+    names = {row[0]: row[-1].strip() for row in rows}
     file = folder / "train_test_split.txt" if split == "test" else Path(split)
-    if not file.exists():
+    if not file.is_file():
         raise r2o.UsageError(f"no such split: {file}; expected test, or a file of ids")
-    rows = [line.split() for line in file.read_text().splitlines() if line.strip()]
+    rows = [line.split() for line in file.read_text(errors="replace").splitlines() if line.strip()]
     wanted = "0" if split == "test" else "2"
     ids = [row[0] for row in rows if len(row) == 1 or row[1] == wanted]
     unknown = [i for i in ids if i not in names]
@@ -194,6 +197,11 @@ def main(argv=None):
     try:
         if len(args.data) > 2:
             raise r2o.UsageError(f"--data takes one folder or two, got {len(args.data)}")
+        if args.k < 1 or args.size < 32:
+            raise r2o.UsageError(f"-k must be at least 1 and --size at least 32, got {args.k} and {args.size}")
+        for file in filter(None, (args.json, args.vis)):
+            if Path(file).is_dir() or not Path(file).absolute().parent.is_dir():
+                raise r2o.UsageError(f"cannot write {file}: no such folder")
         for folder in args.data:
             if not folder.is_dir():
                 raise r2o.UsageError(f"no such folder: {folder}")
@@ -201,10 +209,11 @@ def main(argv=None):
         encoder, line = r2o.load_encoder(args.ckpt, args.arch)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         encoder = encoder.to(device)
-        print(f"{line}; ops: {r2o.extension(device)}")
         if args.ckpt == "random":
             some = [load_images(pairs[i : i + 32], args.size) for i in range(0, min(len(pairs), 256), 32)]
+            line += ", batch norm statistics measured on these images"
             calibrate(encoder, (r2o.normalize(images.to(device)) for images in some))
+        print(f"{line}; ops: {r2o.extension(device)}", flush=True)
         means, columns = evaluate(encoder, pairs, args.k, args.layer, args.size, device, 8 if args.vis else 0)
     except r2o.UsageError as e:
         print(f"eval_cub.py: error: {e}", file=sys.stderr)

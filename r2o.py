@@ -24,13 +24,14 @@ import json
 import math
 import os
 import pickle
+import struct
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.io import ImageReadMode, decode_image
@@ -110,7 +111,7 @@ def slic_regions(image, num_segments: int = 100, size: int = 56) -> Tensor:
     image: PIL image, uint8 or [0, 1] float array (h, w, 3), or tensor (3, h, w). It is resized to (4 size)^2, 224 x 224
     by default, segmented as RGB in [0, 1], and every 4th pixel kept.
     Returns uint8 (size, size) with ids 0 … n - 1, all of them used; n is near num_segments, usually below.
-    Raises ValueError where more than 256 come out.
+    Raises UsageError where more than 256 come out.
     """
     from skimage.segmentation import slic  # takes half a second to import; only preparing data needs it
 
@@ -122,7 +123,8 @@ def slic_regions(image, num_segments: int = 100, size: int = 56) -> Tensor:
     rgb = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
     segments = slic(np.asarray(rgb, dtype=np.float32) / 255, n_segments=num_segments, start_label=0)
     names, ids = np.unique(segments[2::4, 2::4], return_inverse=True)
-    _check(len(names) <= 256, f"SLIC gave {len(names)} regions, more than 256: ask for fewer than {num_segments}")
+    if len(names) > 256:
+        raise UsageError(f"SLIC gave {len(names)} regions, more than 256: ask for fewer than {num_segments} segments")
     return torch.from_numpy(ids.reshape(size, size).astype(np.uint8))
 
 
@@ -238,7 +240,8 @@ def kmeans(
     rows that are not finite never count). Stops where no point changes cluster, at the latest after max_iters.
     Returns centers (G, K, D), float32 or float64, and assignment (G, N), the id of the nearest centre, -1 where not
     valid. An emptied cluster keeps its centre. A group with fewer than K valid points has that many clusters; its
-    spare centres repeat centre 0 and own nothing. Nothing is ever NaN. Raises ValueError for input that does not fit.
+    spare centres repeat centre 0 and own nothing. Nothing is NaN while squared distances stay finite. Raises ValueError
+    for input that does not fit.
     """
     _expect("points", points, "float", None, None, None)
     _check(num_clusters >= 1, f"num_clusters must be at least 1, got {num_clusters}")
@@ -373,9 +376,10 @@ class Tiny(nn.Module):
         self.conv1 = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
         self.bn1, self.relu, self.maxpool = nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.Identity()
         for i, (cin, cout, stride) in enumerate([(16, 16, 1), (16, 32, 2), (32, 64, 1), (64, 128, 2)]):
-            down = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
-            block = BasicBlock(cin, cout, stride, down if cin != cout else None)
-            setattr(self, f"layer{i + 1}", nn.Sequential(block))
+            down = None
+            if cin != cout:
+                down = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+            setattr(self, f"layer{i + 1}", nn.Sequential(BasicBlock(cin, cout, stride, down)))
 
 
 def build_encoder(arch: str) -> nn.Module:
@@ -475,7 +479,8 @@ class R2O(nn.Module):
 
         images: (B, 3, S, S) and views: (2B, 3, S, S), the first views then the second, normalised. regions: (B, h, w).
         boxes: (B, 2, 4). flips: (B, 2). generator: on the CPU; seeded alike on all ranks, K-means then does not depend
-        on how many there are. Returns the mean loss over all pairs of all ranks, and detached scalars.
+        on how many there are. Returns the loss, whose average over ranks (DDP's) is the mean over all pairs, and
+        detached scalars of this rank.
         """
         B, K = len(images), num_clusters
         group = min(self.kmeans_group, B)
@@ -492,7 +497,7 @@ class R2O(nn.Module):
         size = c5.shape[-1]
         m1, m2 = (crop_masks(m, boxes[:, v], flips[:, v], K, size) for v in (0, 1))  # (B, K, size, size)
         in_both = (m1.sum((2, 3)) > 1e-3) & (m2.sum((2, 3)) > 1e-3)
-        pairs = in_both.nonzero()  # (P, 2), the one place where the host waits for the device
+        pairs = in_both.nonzero()  # (P, 2); the host waits for the device here, to learn P
         P = len(pairs)
         weights, rows = torch.cat([m1, m2]), torch.cat([pairs, pairs + pairs.new_tensor([B, 0])])
 
@@ -503,7 +508,7 @@ class R2O(nn.Module):
         q = self.predictor(self.online["projector"](h))  # (2P, 256)
         with torch.no_grad():
             z = self.target["projector"](F.pad(mask_pool(encode(self.target["encoder"], views), weights, rows), blank))
-        total = torch.tensor(float(P), device=h.device)
+        total = torch.full((), float(P), device=h.device)
         if world > 1:
             dist.all_reduce(total)
         loss = byol_loss(q, torch.cat([z[P:], z[:P]]))  # (2P,): both directions, Eq. (5)
@@ -724,7 +729,7 @@ JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 def augment(views: Tensor, factors: Tensor) -> Tensor:
     """A.1's colour changes of a batch. views: (N, 3, S, S) uint8 on the training device; factors: (N, 11) of
-    draw_factors, on the CPU, where choosing images costs no wait. Returns normalised float32 (N, 3, S, S)."""
+    draw_factors, on the CPU, where images are chosen by them without asking the device. Returns normalised float32."""
     x = views.float() / 255
 
     def change(images: Tensor, f, column: int | None):
@@ -763,8 +768,12 @@ def list_images(folder: str | Path) -> tuple[Path, np.ndarray]:
     if not root.is_dir():
         raise UsageError(f"no such folder: {folder}; expected a folder of images, flat or nested")
     root = root / "train" if (root / "train").is_dir() else root
-    names = []
-    for path, _, files in os.walk(root, followlinks=True):
+    names, seen = [], set()
+    for path, folders, files in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(path)) in seen:  # a link back up
+            folders.clear()
+            continue
+        seen.add(real)
         names += [os.path.relpath(os.path.join(path, f), root) for f in files if f.lower().endswith(EXTENSIONS)]
     if not names:
         raise UsageError(f"no images in {root}; expected files that end in {' '.join(EXTENSIONS)}")
@@ -777,8 +786,13 @@ def read_image(path: str | Path) -> Tensor:
     try:
         image = decode_image(os.fspath(path), ImageReadMode.RGB, apply_exif_orientation=True)
     except RuntimeError:  # not a format of torchvision's (BMP, TIFF, …), or damaged: Pillow tells
-        with Image.open(path) as file:
-            return TF.pil_to_tensor(file.convert("RGB"))
+        try:
+            with Image.open(path) as file:
+                if file.mode[0] in "IF":
+                    raise OSError(f"{file.mode} pixels: save it with 8 bits a channel")
+                return TF.pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
+        except (ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as e:
+            raise OSError(f"{type(e).__name__}: {e}") from None
     image = image[0] if image.ndim == 4 else image
     return image if image.dtype == torch.uint8 else (image.int() // 257).to(torch.uint8)  # 16-bit PNG
 
@@ -800,9 +814,12 @@ def region_maps(
     maps at `path` were made from anything else, and where more than 1 % of the images cannot be read.
     """
     path, header_path = Path(path), Path(path).with_suffix(".json")
+    if path.suffix != ".npy" or path.is_dir():
+        raise UsageError(f"the region maps' file must end in .npy, got {path}")
     digest = hashlib.sha256()
     for name in names:
-        digest.update(name + b"\0%d\n" % os.stat(os.path.join(os.fsencode(root), name)).st_size)
+        path_of = os.path.join(os.fsencode(root), name)
+        digest.update(name + b"\0%d\n" % (os.path.getsize(path_of) if os.path.exists(path_of) else -1))
     made_from = {
         "prior": prior,
         "num_segments": num_segments if prior == "slic" else 196,
@@ -831,14 +848,17 @@ def region_maps(
         os.replace(partial, path)
         header = made_from | {"num_regions": num_regions, "unreadable": unreadable}
         save_atomically(header_path, lambda f: f.write(json.dumps(header).encode()))
-    header = json.loads(header_path.read_text())
+    try:
+        header, maps = json.loads(header_path.read_text()), np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as e:
+        raise UsageError(f"cannot read the region maps {path} ({e}): delete {path} and {header_path}") from None
     for key, value in made_from.items():
         if header.get(key) != value:
             raise UsageError(
                 f"the region maps in {path} belong to other data or settings ({key} {header.get(key)}, now {value}); "
                 f"delete {path} and {header_path}, or name another file with --regions"
             )
-    return np.load(path, mmap_mode="r"), header
+    return maps, header
 
 
 class _Priors(torch.utils.data.Dataset):
@@ -879,8 +899,11 @@ def load_file(path: str | Path) -> dict:
         raise UsageError(
             f"no such checkpoint: {path}; expected r2o.pth, last.pth or a torchvision state dict"
         ) from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise UsageError(f"{path} is not a checkpoint that can be loaded safely ({str(e).splitlines()[0]})") from None
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as e:
+        raise UsageError(
+            f"{path} is not a checkpoint that can be loaded safely ({type(e).__name__}): "
+            "it is damaged, or holds more than tensors and plain types"
+        ) from None
     return file if isinstance(file, dict) else {}
 
 
@@ -888,25 +911,28 @@ def load_encoder(ckpt: str, arch: str | None = None) -> tuple[nn.Module, str]:
     """An encoder in eval mode and a line about what it holds.
 
     ckpt: r2o.pth, a training checkpoint (its online encoder), any torchvision ResNet's state dict (say which with
-    arch), or "random". Raises UsageError unless every tensor of the encoder is matched.
+    arch), or "random". Raises UsageError unless every tensor matches, none left over but the classifier's.
     """
     if ckpt == "random":
         torch.manual_seed(0)
         return build_encoder(arch or "resnet50").eval(), f"{arch or 'resnet50'}, randomly initialised"
     file = load_file(ckpt)
-    meant = file.get("arch") or file.get("args", {}).get("arch") or arch or "resnet50"
+    meant = file.get("arch") or (file.get("args") or {}).get("arch") or arch or "resnet50"
     if arch not in (None, meant):
         raise UsageError(f"{ckpt} holds a {meant}, not a {arch}: leave --arch out")
     net = build_encoder(meant)
     prefix = "online.encoder." if "model" in file else ""
     state = file.get("model") or file.get("state_dict") or file
-    state = {name.removeprefix("module.").removeprefix(prefix): v for name, v in state.items() if prefix in name}
+    tensors = {n: v for n, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    state = {str(n).removeprefix("module.").removeprefix(prefix): v for n, v in tensors.items() if prefix in str(n)}
+    state = {name: v for name, v in state.items() if not name.startswith("fc.")}
     own = net.state_dict()
     matched = [name for name, v in own.items() if getattr(state.get(name), "shape", None) == v.shape]
-    missing = [name for name in own if name not in matched]
-    if missing:
+    rest = [name for name in [*own, *state] if name not in matched]
+    if rest:
         raise UsageError(
-            f"{ckpt} matches {len(matched)} of {len(own)} tensors of {meant} (not {missing[0]}): pass its --arch"
+            f"{ckpt} matches {len(matched)} of {len(own)} tensors of {meant}, {len(rest)} do not fit, such as "
+            f"{rest[0]}: pass the --arch that it holds"
         )
     net.load_state_dict({name: state[name] for name in own})
     return net.eval(), f"{meant} from {ckpt}: {len(matched)} of {len(own)} tensors matched"

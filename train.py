@@ -66,15 +66,18 @@ def parse_args(argv=None):
     add("--kmeans-group", type=int, default=32, help="images that share one K-means; fewer where masks should not")
     add("--assign", default="pixel", choices=("pixel", "region"), help="what clusters own; region: sharper outlines")
     args = p.parse_args(argv)
+    if args.hold_epochs is None:
+        args.hold_epochs = round(args.epochs * 40 / 300)
     for name in ("epochs", "batch_size", "segments", "k_start", "k_end", "kmeans_group", "hidden", "dim"):
         if getattr(args, name) < 1:
             raise r2o.UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if args.workers < 0:
-        raise r2o.UsageError(f"--workers must not be negative, got {args.workers}")
+    for name in ("workers", "keep_every", "hold_epochs", "lr", "lr_k", "weight_decay", "tau", "seed"):
+        if getattr(args, name) < 0:
+            raise r2o.UsageError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    if args.tau > 1 or args.seed >= 2**31:
+        raise r2o.UsageError(f"--tau must be at most 1 and --seed below 2^31, got {args.tau} and {args.seed}")
     if args.size < 32 or args.size % 32:
         raise r2o.UsageError(f"--size {args.size} does not fit the encoder's strides: pass a multiple of 32")
-    if args.hold_epochs is None:
-        args.hold_epochs = round(args.epochs * 40 / 300)
     return args
 
 
@@ -97,7 +100,7 @@ class Batches:
 def check(args, world: int, images: int, num_regions: int):
     """Refuses what cannot work: once before the region maps are made, and again when they are there."""
     batch, share = args.batch_size, args.batch_size // world
-    group = min(args.kmeans_group, max(share, 1))
+    group = min(args.kmeans_group, max(min(batch, images) // world, 1))
     k = max(args.k_start, args.k_end)
     if batch > images:
         fits = max(images // (world * group) * world * group, 1)
@@ -121,8 +124,10 @@ def load_checkpoint(path: Path, args) -> dict | None:
     if not path.exists():
         return None
     checkpoint = r2o.load_file(path)
+    if not {"model", "optimizer", "epoch", "masks", "args"} <= checkpoint.keys():
+        raise r2o.UsageError(f"{path} is not a checkpoint of train.py: delete it, or pass another --out")
     for key, now in vars(args).items():
-        then = checkpoint.get("args", {}).get(key)
+        then = checkpoint["args"].get(key)
         if key not in ("data", "out", "regions", "workers", "keep_every") and then != now:
             flag = "--" + key.replace("_", "-")
             raise r2o.UsageError(
@@ -157,7 +162,8 @@ def draw_strip(path: Path, model: r2o.R2O, film: dict, masks: list, k: int, epoc
     shown = [masks[i] for i in sorted({*np.linspace(0, len(masks) - 1, 6).astype(int)})]
     image, prior = film["image"][:8], film["regions"][:8]
     columns = [("image", image), (f"prior, R = {int(prior.max()) + 1}", r2o.paint(image, prior))]
-    strip = r2o.film_strip(columns + [(f"epoch {e}, K = {k}", r2o.paint(image, m)) for e, k, m in shown])
+    columns += [(f"epoch {e}, K = {k}", r2o.paint(image, m)) for e, k, m in shown]
+    strip = r2o.film_strip(columns, zoom=max(1, 128 // image.shape[-1]))
     r2o.save_atomically(path, lambda f: strip.save(f, "PNG"))
 
 
@@ -176,12 +182,16 @@ def train(args):
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise r2o.UsageError(f"cannot make the folder {folder} ({e.strerror}): pass another") from None
+    checkpoint = load_checkpoint(out / "last.pth", args)
+    waited = 0
     while rank > 0 and not maps_file.with_suffix(".json").exists():
         time.sleep(0.5)
+        waited += 1
+        if waited == 120:
+            print(f"rank {rank} waits for rank 0 to make {maps_file}, which all must see", file=sys.stderr, flush=True)
     maps, header = r2o.region_maps(root, names, maps_file, args.prior, args.segments, args.size // 4, args.workers)
     data = r2o.ImageRegions(root, names, maps, header, args.size, args.seed)
     check(args, world, len(data), header["num_regions"])
-    checkpoint = load_checkpoint(out / "last.pth", args)
     first_epoch = checkpoint["epoch"] if checkpoint else 0
     masks = checkpoint["masks"] if checkpoint else []  # the film so far
 
@@ -221,6 +231,10 @@ def train(args):
         print(f"{args.epochs} epochs of {steps_per_epoch} steps of {args.batch_size} images")
         if checkpoint:
             print(f"going on after epoch {first_epoch} from {out / 'last.pth'}")
+        if (out / "log.jsonl").exists():  # an epoch that was logged but not saved is done again
+            rows = (out / "log.jsonl").read_bytes().splitlines(keepends=True)
+            rows = [row for row in rows if json.loads(row)["epoch"] <= first_epoch]
+            r2o.save_atomically(out / "log.jsonl", lambda f: f.writelines(rows))
         sys.stdout.flush()
 
     for epoch in range(first_epoch, args.epochs):
@@ -263,17 +277,17 @@ def train(args):
         seconds = time.perf_counter() - began
         record = {"epoch": epoch + 1, **dict(zip(sums, means.tolist(), strict=True)), "K": k, "lr": lr, "tau": tau}
         record["images/s"] = steps_per_epoch * args.batch_size / seconds
-        if not np.isfinite(record["loss"]):
-            raise r2o.UsageError(f"the loss of epoch {epoch + 1} is not finite: lower --lr; the epoch before is kept")
+        if not (np.isfinite(record["loss"]) and all(p.isfinite().all() for p in parameters)):
+            raise r2o.UsageError(f"epoch {epoch + 1} ends in NaN or infinity: lower --lr; the epoch before is kept")
         if rank == 0:
             draw_strip(out / "strip.png", model, film, masks, k, epoch + 1, args.seed, device)
             state = {"epoch": epoch + 1, "args": vars(args), "masks": masks}
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            r2o.save_atomically(out / "last.pth", lambda f: torch.save(state, f))
             if args.keep_every and (epoch + 1) % args.keep_every == 0:
                 export(out / f"epoch_{epoch + 1:04}.pth", model, args, epoch + 1)
             with open(out / "log.jsonl", "a") as log:
                 print(json.dumps(record), file=log)
+            r2o.save_atomically(out / "last.pth", lambda f: torch.save(state, f))  # last: what precedes can be redone
 
     if rank == 0:
         export(out / "r2o.pth", model, args, args.epochs)

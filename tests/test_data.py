@@ -280,3 +280,17 @@ def test_region_maps_of_another_scikit_image_are_refused(photos, tmp_path):
 def test_a_folder_without_images_is_refused(tmp_path, make):
     with pytest.raises(r2o.UsageError, match=r"no such folder|no images in"):
         r2o.list_images(make(tmp_path))
+
+
+def test_the_two_views_get_their_own_colours(data):
+    """The first view is always blurred and never solarised, the second seldom blurred. A.1."""
+    factors = torch.stack([data[epoch, i]["factors"] for epoch in range(4) for i in range(len(data))])  # (n, 2, 11)
+    assert (factors[:, 0, 9] > 0).all() and (factors[:, 0, 10] == 0).all()
+    assert (factors[:, 1, 9] > 0).float().mean() < 0.3 and (factors[:, 1, 10] > 0).any()
+
+
+def test_resizing_averages_what_it_shrinks():
+    """antialias: a fine checkerboard becomes grey, not one of its colours."""
+    board = (torch.arange(256)[:, None] + torch.arange(256)) % 2 * 255
+    small = r2o.resize(board.to(torch.uint8).expand(3, -1, -1), 32)
+    assert (small.float() - 127.5).abs().max() < 4

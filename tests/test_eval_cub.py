@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import picture
 from PIL import Image
-from torchvision.models import resnet18
+from torchvision.models import resnet18, resnet101
 
 import eval_cub
 import r2o
@@ -111,6 +111,8 @@ def test_masks_may_be_levels_ids_or_palettes(tmp_path):
     palette = Image.fromarray(np.array([[0, 7, 255]], np.uint8), "P")
     palette.putpalette([255 - i // 3 for i in range(768)])
     palette.save(tmp_path / "palette.png")
+    Image.fromarray(np.array([[0, 3, 255]], np.uint8)).save(tmp_path / "void.png")
+    assert eval_cub.read_foreground(tmp_path / "void.png").tolist() == [[False, True, False]]
     assert eval_cub.read_foreground(tmp_path / "levels.png").tolist() == [[False] * 3, [True] * 3]
     assert eval_cub.read_foreground(tmp_path / "ids.png").tolist() == [[False, True, True]]
     assert eval_cub.read_foreground(tmp_path / "palette.png").tolist() == [[False, True, False]]
@@ -152,8 +154,11 @@ def test_checkpoints_that_do_not_fit_are_refused(cub, tmp_path, capsys):
         return refused(capsys, "--ckpt", tmp_path / "ckpt.pth", "--data", cub, *flags)
 
     half = dict(list(resnet18().state_dict().items())[:50])
-    assert "matches 50 of 120 tensors of resnet18 (not layer" in said(half, "--arch", "resnet18")
+    assert "matches 50 of 120 tensors of resnet18, 70 do not fit, such as layer" in said(half, "--arch", "resnet18")
     assert "of 318 tensors of resnet50" in said(resnet18().state_dict())
+    assert "of 318 tensors of resnet50" in said(resnet101().state_dict())  # would fit, with half of it left over
+    for strange in ({"model": torch.zeros(1)}, {"state_dict": [1]}, {"args": None}, {1: 2}):
+        assert "matches 0 of" in said(strange)
     assert "holds a resnet18, not a resnet50" in said({"arch": "resnet18", "state_dict": half}, "--arch", "resnet50")
     assert "matches 0 of" in said([1, 2, 3])
     assert "not a checkpoint that can be loaded safely" in said(picture)
@@ -175,6 +180,8 @@ def test_data_that_does_not_fit_is_refused(cub, tmp_path, capsys):
     (broken / "images.txt").unlink()
     assert "no images.txt" in said(broken)
     assert "no such folder" in said(tmp_path / "nowhere")
+    assert "-k must be at least 1" in said(cub, more=["-k", 0])
+    assert "cannot write" in said(cub, more=["--vis", tmp_path / "nowhere/vis.png"])
     assert "one folder or two" in said(cub, cub, cub)
     assert "no such split" in said(cub, more=["--split", tmp_path / "nowhere.txt"])
     (tmp_path / "ids.txt").write_text("1\n99\n")

@@ -67,6 +67,26 @@ def test_every_valid_point_goes_to_its_nearest_centre_and_nothing_is_nan(G, N, D
             assert own[g][valid[g]].le(1e-3).all()
 
 
+@pytest.mark.parametrize("iters", [1, 2, 3])
+def test_so_many_iterations_are_run_and_no_fewer(iters):
+    """The compiled op and the reference agree after each iteration, not only at the end."""
+    if r2o.r2o_C is None:
+        pytest.skip("r2o_C is not built")
+    case = (
+        torch.rand(2, 300, 4, generator=rng()).double(),
+        torch.ones(2, 300, dtype=torch.bool),
+        r2o.seeding_uniforms(2, 12, rng(1)),
+        iters,
+    )
+    torch.testing.assert_close(torch.ops.r2o.kmeans(*case), r2o.kmeans_ref(*case))
+
+
+def test_it_runs_in_inference_mode_on_several_threads():
+    with torch.inference_mode():
+        centers, assign = r2o.kmeans(torch.rand(4, 100, 8, generator=rng()), 5, generator=rng(1))
+    assert centers.isfinite().all() and assign.max() == 4
+
+
 def test_invalid_points_change_nothing():
     points, junk = torch.randn(1, 50, 3, generator=rng()), torch.full((1, 30, 3), 1e6)
     alone = r2o.kmeans(points, 5, generator=rng(1))

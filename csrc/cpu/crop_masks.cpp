@@ -1,7 +1,7 @@
 // crop_masks on the CPU. Equivalent to: crop_masks_ref in r2o.py, flip(roi_align(one_hot(m), boxes * w, size)).
 //
-// No one-hot map: RoIAlign is separable, so each bin visits the few pixels that have a tap in y and in x and adds the
-// product to the entry of the pixel's own cluster. One task per image.
+// No one-hot map: RoIAlign is separable, so each bin walks the rows that have a tap in y and adds the product of the two
+// taps to the entry of each pixel's own cluster. One task per image.
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>

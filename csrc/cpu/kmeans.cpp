@@ -6,6 +6,7 @@
 // thread with its own columns, so that results do not depend on the number of threads.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/ThreadLocalState.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -104,7 +105,9 @@ std::tuple<Tensor, Tensor> kmeans_cpu(const Tensor& points, const Tensor& valid,
   Tensor assignment = at::full({G, N}, -1, points.options().dtype(at::kLong));
   const Tensor u = uniforms.contiguous(), all = points.contiguous();
   AT_DISPATCH_FLOATING_TYPES(points.scalar_type(), "kmeans", [&] {
+    const at::ThreadLocalState caller;  // inference mode and the like, which other threads do not have
     at::parallel_for(0, G, 1, [&](int64_t begin, int64_t end) {
+      const at::ThreadLocalStateGuard guard(caller);
       for (int64_t g = begin; g < end; ++g) {
         const Tensor kept = valid[g].nonzero().flatten();
         const int64_t n = kept.size(0);
