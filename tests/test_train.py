@@ -147,7 +147,7 @@ def test_resnet_weights_load_into_torchvision(photos, tmp_path):
     assert result.missing_keys == ["fc.weight", "fc.bias"] and not result.unexpected_keys
 
 
-def test_two_steps_of_training_are_what_they_are_written_to_be(photos, tmp_path):
+def test_four_steps_of_training_are_what_they_are_written_to_be(photos, tmp_path):
     """train.py against the loop spelled out, with every setting away from its default."""
     flags = (
         "--epochs 2 --batch-size 12 --k-start 8 --k-end 3 --hold-epochs 0 --lr 2 --lr-k 8 --weight-decay 0.1 --tau 0.9"
