@@ -770,7 +770,7 @@ def list_images(folder: str | Path) -> tuple[Path, np.ndarray]:
     root = root / "train" if (root / "train").is_dir() else root
     names, seen = [], set()
     for path, folders, files in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(path)) in seen:  # a link back up
+        if (real := os.path.realpath(path)) in seen:  # a link to where we have been
             folders.clear()
             continue
         seen.add(real)
@@ -876,9 +876,9 @@ class _Priors(torch.utils.data.Dataset):
             image = read_image(path)
         except OSError as e:
             return torch.zeros(self.size, self.size, dtype=torch.uint8), f"{path} ({e})"
-        return slic_regions(image, self.num_segments, self.size) if self.prior == "slic" else grid_regions(
-            size=self.size
-        ), ""
+        if self.prior == "slic":
+            return slic_regions(image, self.num_segments, self.size), ""
+        return grid_regions(size=self.size), ""
 
 
 def save_atomically(path: str | Path, write):

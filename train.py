@@ -233,7 +233,7 @@ def train(args):
             print(f"going on after epoch {first_epoch} from {out / 'last.pth'}")
         if (out / "log.jsonl").exists():  # an epoch that was logged but not saved is done again
             rows = (out / "log.jsonl").read_bytes().splitlines(keepends=True)
-            rows = [row for row in rows if json.loads(row)["epoch"] <= first_epoch]
+            rows = [row for row in rows if row.endswith(b"\n") and json.loads(row)["epoch"] <= first_epoch]
             r2o.save_atomically(out / "log.jsonl", lambda f: f.writelines(rows))
         sys.stdout.flush()
 

@@ -111,6 +111,8 @@ def test_a_run_killed_between_epochs_and_resumed_ends_with_the_same_bits(photos,
 def test_a_finished_run_started_again_changes_nothing(photos, finished):
     before = {path.name: path.read_bytes() for path in finished[0].iterdir() if path.suffix != ".pth"}
     weights = load(finished[0] / "r2o.pth")["state_dict"]
+    with open(finished[0] / "log.jsonl", "a") as log:
+        log.write('{"epoch": 4}\n{"epoch": 5, "lo')  # logged but not saved, and torn: both are dropped
     assert "going on after epoch 3" in run(photos, finished[0], "--keep-every", "2")
     assert {path.name: path.read_bytes() for path in finished[0].iterdir() if path.suffix != ".pth"} == before
     assert same(load(finished[0] / "r2o.pth")["state_dict"], weights)
