@@ -17,6 +17,7 @@ input), also for half-precision input and inside autocast.
 """
 
 import copy
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -194,6 +195,10 @@ def kmeans_ref(points: Tensor, valid: Tensor, uniforms: Tensor, max_iters: int) 
     if N == 0:
         return points.new_zeros(G, K, D), valid.new_zeros(G, 0, dtype=torch.long)
     points = torch.where(valid[..., None], points, 0)  # whatever the others hold
+    # About the mean: distances come from dot products, which lose their last digits where all points lie on one side of
+    # the origin, as features behind a ReLU do.
+    mean = points.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None]  # (G, 1, D)
+    points = torch.where(valid[..., None], points - mean, 0)
     g = torch.arange(G, device=points.device)[:, None]
     sq = points.square().sum(-1, keepdim=True)  # (G, N, 1)
     spare = torch.arange(K, device=points.device) >= valid.sum(1, keepdim=True)  # (G, K): more clusters than points
@@ -224,7 +229,7 @@ def kmeans_ref(points: Tensor, valid: Tensor, uniforms: Tensor, max_iters: int) 
             size = member.sum(1)[..., None]  # (G, K, 1)
             centers = torch.where(size > 0, (member.mT @ points) / size.clamp(min=1), centers)  # emptied: stays
     centers = torch.where(spare[..., None], centers[:, :1], centers)
-    return centers, torch.where(valid, assign, -1)
+    return centers + mean, torch.where(valid, assign, -1)
 
 
 def kmeans(
@@ -254,14 +259,10 @@ def kmeans(
 
 
 def _kmeans(points: Tensor, valid: Tensor, uniforms: Tensor, max_iters: int) -> tuple[Tensor, Tensor]:
-    """kmeans() after its checks. Clusters about the mean: distances come from dot products, which lose their last
-    digits where all points lie on one side of the origin, as features behind a ReLU do."""
+    """kmeans() after its checks. The CUDA op keeps N² dot products; where they are too many, the reference runs."""
+    many = points.is_cuda and r2o_C is not None and points.shape[1] > r2o_C.max_points_cuda
     with _full_precision(points):
-        x = torch.where(valid[..., None], _full(points), 0)
-        mean = x.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None]
-        x = torch.where(valid[..., None], x - mean, 0)
-        centers, assign = _op("kmeans", x)(x, valid, uniforms, max_iters)
-        return centers + mean, assign
+        return (kmeans_ref if many else _op("kmeans", points))(_full(points), valid, uniforms, max_iters)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,12 +410,18 @@ def mlp(cin: int, hidden: int, cout: int) -> nn.Module:
     return nn.Sequential(nn.Linear(cin, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, cout))
 
 
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # always the same one: memory is kept for each stream apart
+
+
 class R2O(nn.Module):
     """Online and target networks, mask prediction and the loss of one step.
 
     arch: one of ARCHS. num_regions: region ids are below it. kmeans_group: images that share one K-means (a batch is a
     multiple of it, or smaller). kmeans_iters: Lloyd iterations. assign: "pixel" gives each C4 pixel its nearest centre
-    (Sec. 3.1); "region" gives each region its cluster, at the region map's resolution.
+    (Sec. 3.1); "region" gives each region its cluster, at the region map's resolution. overlap: on a GPU, draw the
+    masks on a stream of their own while the online network runs.
     """
 
     def __init__(
@@ -426,11 +433,12 @@ class R2O(nn.Module):
         assign: str = "pixel",
         hidden: int = 4096,
         dim: int = 256,
+        overlap: bool = True,
     ):
         super().__init__()
         if assign not in ("pixel", "region"):
             raise UsageError(f"no mask assignment {assign!r}: choose pixel or region")
-        self.num_regions, self.assign = num_regions, assign
+        self.num_regions, self.assign, self.overlap = num_regions, assign, overlap
         self.kmeans_group, self.kmeans_iters = kmeans_group, kmeans_iters
         encoder = build_encoder(arch)
         channels = [m for m in encoder.layer4.modules() if isinstance(m, nn.BatchNorm2d)][-1].num_features
@@ -460,10 +468,11 @@ class R2O(nn.Module):
         if self.assign == "region":
             return assign.view(B, R).gather(1, regions.flatten(1).long()).view(regions.shape)
         with _full_precision(c4):
-            x = F.normalize(_full(c4), dim=1).permute(0, 2, 3, 1)  # (B, H, W, C)
-            scores = cluster_scores(x.reshape(G, -1, x.shape[3]), mu)  # (G, N, K)
+            x = _full(c4).permute(0, 2, 3, 1).reshape(G, -1, c4.shape[1])  # (G, N, C); normalised after the product
+            length = x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+            scores = x @ mu.mT / length - mu.square().sum(-1)[:, None] / 2  # (G, N, K)
         spare = torch.arange(K, device=x.device) >= valid.sum(1, keepdim=True)
-        return scores.masked_fill(spare[:, None], -math.inf).argmax(2).view(x.shape[:3])
+        return scores.masked_fill(spare[:, None], -math.inf).argmax(2).view(B, *c4.shape[2:])
 
     def forward(
         self,
@@ -491,13 +500,22 @@ class R2O(nn.Module):
         uniforms = seeding_uniforms(G * world, K, generator)[rank * G : (rank + 1) * G]
         uniforms = uniforms.to(images.device, non_blocking=True)
 
-        # (1) Draw the masks, and see them as each view does.
-        m = self.predict_masks(self.target["encoder"], images, regions, K, uniforms)  # (B, H, W)
+        # (1) Draw the masks, and see them as each view does; on a GPU beside the online network's forward pass.
+        main = torch.cuda.current_stream(images.device) if images.is_cuda else None
+        side = _side_stream(images.device) if images.is_cuda and self.overlap else main
+        if side != main:
+            side.wait_stream(main)
+        with torch.cuda.stream(side):
+            m = self.predict_masks(self.target["encoder"], images, regions, K, uniforms)  # (B, H, W)
         c5 = encode(self.online["encoder"], views)  # (2B, C, H, W)
-        size = c5.shape[-1]
-        m1, m2 = (crop_masks(m, boxes[:, v], flips[:, v], K, size) for v in (0, 1))  # (B, K, size, size)
-        in_both = (m1.sum((2, 3)) > 1e-3) & (m2.sum((2, 3)) > 1e-3)
-        pairs = in_both.nonzero()  # (P, 2); the host waits for the device here, to learn P
+        with torch.cuda.stream(side):
+            m1, m2 = (crop_masks(m, boxes[:, v], flips[:, v], K, c5.shape[-1]) for v in (0, 1))  # (B, K, H, W)
+            in_both = (m1.sum((2, 3)) > 1e-3) & (m2.sum((2, 3)) > 1e-3)
+            pairs = in_both.nonzero()  # (P, 2); the host waits for the masks here, to learn P
+        if side != main:
+            main.wait_stream(side)
+            for x in (m, m1, m2, pairs):
+                x.record_stream(main)
         P = len(pairs)
         weights, rows = torch.cat([m1, m2]), torch.cat([pairs, pairs + pairs.new_tensor([B, 0])])
 

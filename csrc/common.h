@@ -23,6 +23,9 @@ inline void check_same_device(const Tensor& a, const Tensor& b) {
   TORCH_CHECK(a.device() == b.device(), "all input must be on one device, got ", a.device(), " and ", b.device());
 }
 
+// The most points of one K-means group on a GPU, where all N² dot products are kept.
+constexpr int64_t kMaxPoints = 8192;
+
 // The precision that pooling and clustering compute in: float64 for float64, else float32.
 inline at::ScalarType full_type(const Tensor& t) {
   TORCH_CHECK(t.is_floating_point(), "expected floating point, got ", t.scalar_type());

@@ -4,6 +4,8 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include "common.h"
+
 TORCH_LIBRARY(r2o, m) {
   m.def("region_pool(Tensor features, Tensor regions, int num_regions) -> (Tensor embeddings, Tensor area)");
   m.def("kmeans(Tensor points, Tensor valid, Tensor uniforms, int max_iters) -> (Tensor centers, Tensor assignment)");
@@ -15,6 +17,7 @@ TORCH_LIBRARY(r2o, m) {
 PYBIND11_MODULE(r2o_C, m) {
   m.doc() = "The compiled ops of r2o.py, as torch.ops.r2o.*; these attributes tell what they were built with.";
   m.attr("torch_version") = TORCH_VERSION;
+  m.attr("max_points_cuda") = r2o::kMaxPoints;
 #ifdef R2O_WITH_CUDA
   m.attr("with_cuda") = true;
 #else

@@ -57,12 +57,11 @@ def test_region_pool_equals_its_reference(device, B, C, H, W, scale, R, id_type,
 
 
 def kmeans_case(G, N, D, K, dtype, device, seed, spread=6):
-    """Integer coordinates: distances are exact in any order of summation, so every path must pick the same seeds."""
-    points = torch.randint(-spread, spread + 1, (G, D, N), generator=rng(seed)).to(device, dtype).mT  # not contiguous
-    valid = (
-        torch.rand(G, N, generator=rng(seed + 1)).to(device)
-        < torch.rand(G, 1, generator=rng(seed + 2)).to(device) * 1.5
-    )
+    """Integers, each point with its opposite, so that the mean is 0 and distances are exact in any order of summation:
+    every path must pick the same seeds. Not contiguous."""
+    half = torch.randint(-spread, spread + 1, (G, D, N // 2), generator=rng(seed)).to(device, dtype)
+    valid = torch.rand(G, N // 2, generator=rng(seed + 1)) < torch.rand(G, 1, generator=rng(seed + 2)) * 1.5
+    points, valid = torch.cat([half, -half], 2).mT, torch.cat([valid, valid], 1).to(device)
     return points, valid, r2o.seeding_uniforms(G, K, rng(seed + 3)).to(device)
 
 

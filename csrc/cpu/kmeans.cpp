@@ -1,127 +1,188 @@
 // kmeans on the CPU. Equivalent to: kmeans_ref in r2o.py.
 //
-// Many problems: one thread each. One problem: its matrix products and loops use all threads. Only the valid points are
-// kept, side by side. Seeding: per round, one (n, D) x (D, T) product gives the distances to all T candidates. Lloyd:
-// one (n, D) x (D, K) product per iteration, until no point changes cluster; sums run over the points in order, each
-// thread with its own columns, so that results do not depend on the number of threads.
+// Many problems: one thread each. One problem: blocks of points (dot products) or columns (sums) go to the threads; no
+// result depends on how. Only the valid points are kept, side by side, about their mean.
+//   Seeding, per round: the scores of T candidates, (n, D) x (D, T), in one pass over the points.
+//   Lloyd, per iteration: the scores of the centres that moved, (n, D) x (D, <= K), and the means of the clusters that
+//   gained or lost a point; everything else is as it was, to the bit. The seeds' scores are known from seeding.
+// Floor: K T + K iterations n D multiply-adds at large K, K + 2 iterations reads of the points at small.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ThreadLocalState.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "../common.h"
+#include "rows.h"
 
 namespace r2o {
 namespace {
 
-// The first point at which the running sum of weights passes u times their total; -1 where the total is 0.
-int64_t draw(const std::vector<double>& mass, double u) {
-  const double total = mass.back(), target = std::min(u * total, std::nextafter(total, 0.0));
-  return total > 0 ? std::upper_bound(mass.begin(), mass.end(), target) - mass.begin() : -1;
+// Calls f(first, last) for blocks of at most kBlock of n points; `work` multiply-adds per point.
+template <typename F>
+void for_blocks(int64_t n, int64_t work, const F& f) {
+  at::parallel_for(0, (n + kBlock - 1) / kBlock, 1 + (1 << 18) / (kBlock * work + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) f(block * kBlock, std::min(n, (block + 1) * kBlock));
+  });
 }
 
+// Calls f(first, last) for stretches of D columns; `rows` rows are touched in each.
+template <typename F>
+void for_columns(int64_t D, int64_t rows, const F& f) {
+  at::parallel_for(0, D, std::max<int64_t>(64, (1 << 15) / rows), f);
+}
+
+// One problem: n points and what is known about them. A score is x·mu - |mu|²/2, largest for the nearest centre.
 template <typename T>
-Tensor seed(const Tensor& x, const T* sq, const double* uniforms, int64_t K, int64_t trials) {
-  const int64_t n = x.size(0);
-  std::vector<T> distance(n, std::numeric_limits<T>::infinity()), closest(n * trials);
-  std::vector<double> mass(n), left(trials);
-  Tensor seeds = at::empty({K}, at::kLong), picks = at::empty({trials}, at::kLong);
-  auto *chosen = seeds.mutable_data_ptr<int64_t>(), *pick = picks.mutable_data_ptr<int64_t>();
-  for (int64_t k = 0; k < K; ++k) {
-    double sum = 0;
-    for (int64_t i = 0; i < n; ++i) mass[i] = sum += k ? distance[i] : 1;
-    for (int64_t t = 0; t < trials; ++t) {
-      pick[t] = draw(mass, uniforms[k * trials + t]);
-      if (pick[t] < 0) pick[t] = chosen[0];
-    }
-    const Tensor dots = at::mm(x, x.index_select(0, picks).t());  // (n, T)
-    const auto* dot = dots.const_data_ptr<T>();
-    std::fill(left.begin(), left.end(), 0.0);
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t t = 0; t < trials; ++t) {
-        const T d = std::max<T>(sq[i] - 2 * (dot[i * trials + t] - sq[pick[t]] / 2), 0);
-        closest[i * trials + t] = std::min(d, distance[i]);
-        left[t] += closest[i * trials + t];
+struct Problem {
+  int64_t n, D, K;
+  Tensor x, centers;            // (n, D), (K, D)
+  std::vector<T> mean, sq;      // (D), (n): |x|²
+  std::vector<T> score;         // (n, K)
+  std::vector<int64_t> label;   // (n)
+
+  Problem(const T* points, const std::vector<int64_t>& kept, int64_t D, int64_t K, const at::TensorOptions& options)
+      : n(kept.size()), D(D), K(K), x(at::empty({n, D}, options)), centers(at::empty({K, D}, options)), mean(D, 0), sq(n), score(n * K), label(n, -1) {
+    auto* out = x.template mutable_data_ptr<T>();
+    for_columns(D, n, [&](int64_t begin, int64_t end) {
+      for (const int64_t i : kept)
+        rows<T>.add(&mean[begin], points + i * D + begin, 1, end - begin);
+      for (int64_t d = begin; d < end; ++d) mean[d] /= n;
+    });
+    for_blocks(n, D, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        std::copy_n(points + kept[i] * D, D, out + i * D);
+        rows<T>.add(out + i * D, mean.data(), -1, D);
+        rows<T>.dots(out + i * D, out + i * D, 1, 1, D, &sq[i]);
       }
-    const int64_t best = std::min_element(left.begin(), left.end()) - left.begin();
-    chosen[k] = pick[best];
-    for (int64_t i = 0; i < n; ++i) distance[i] = closest[i * trials + best];
+    });
   }
-  return x.index_select(0, seeds);  // (K, D)
-}
 
-// Sets label[i] to the nearest centre, the lowest id among equals; returns whether any changed.
-template <typename T>
-bool assign(const Tensor& x, const Tensor& centers, std::vector<int64_t>& label) {
-  const int64_t n = x.size(0), K = centers.size(0);
-  const Tensor scores = at::addmm(centers.square().sum(1).div(-2), x, centers.t());  // (n, K)
-  const auto* score = scores.const_data_ptr<T>();
-  std::atomic<bool> changed{false};
-  at::parallel_for(0, n, 256, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t best = std::max_element(score + i * K, score + (i + 1) * K) - (score + i * K);
-      if (label[i] != best) changed = true;
-      label[i] = best;
+  // Greedy k-means++ with `trials` candidates a round.
+  void seed(const double* uniforms, int64_t trials) {
+    const auto* point = x.template const_data_ptr<T>();
+    auto* center = centers.template mutable_data_ptr<T>();
+    const Tensor copies = at::empty({trials, D}, x.options());
+    auto* row = copies.template mutable_data_ptr<T>();
+    std::vector<T> distance(n, std::numeric_limits<T>::infinity()), candidate(n * trials);
+    std::vector<double> mass(n), left((n / kBlock + 1) * trials);
+    std::vector<int64_t> pick(trials);
+    const auto closest = [&](int64_t i, int64_t t) { return std::min(distance[i], std::max<T>(sq[i] - 2 * candidate[i * trials + t], 0)); };
+    int64_t first = 0;
+    for (int64_t k = 0; k < K; ++k) {
+      double sum = 0;
+      for (int64_t i = 0; i < n; ++i) mass[i] = sum += k ? distance[i] : 1;
+      for (int64_t t = 0; t < trials; ++t) {  // the first point at which the running sum of weights passes u times their total
+        const double target = std::min(uniforms[k * trials + t] * sum, std::nextafter(sum, 0.0));
+        pick[t] = sum > 0 ? std::upper_bound(mass.begin(), mass.end(), target) - mass.begin() : first;
+        std::copy_n(point + pick[t] * D, D, row + t * D);
+      }
+      for_blocks(n, trials * D, [&](int64_t begin, int64_t end) {
+        rows<T>.dots(point + begin * D, row, end - begin, trials, D, &candidate[begin * trials]);
+        for (int64_t t = 0; t < trials; ++t) {
+          double total = 0;
+          for (int64_t i = begin; i < end; ++i) {
+            candidate[i * trials + t] -= sq[pick[t]] / 2;
+            total += closest(i, t);
+          }
+          left[begin / kBlock * trials + t] = total;
+        }
+      });
+      for (int64_t block = 1; block * kBlock < n; ++block)
+        for (int64_t t = 0; t < trials; ++t) left[t] += left[block * trials + t];
+      const int64_t best = std::min_element(left.begin(), left.begin() + trials) - left.begin();
+      if (k == 0) first = pick[best];
+      for (int64_t i = 0; i < n; ++i) {
+        distance[i] = closest(i, best);
+        score[i * K + k] = candidate[i * trials + best];
+      }
+      std::copy_n(row + best * D, D, center + k * D);
     }
-  });
-  return changed;
-}
+  }
 
-template <typename T>
-void update(const Tensor& x, const std::vector<int64_t>& label, Tensor& centers) {
-  const int64_t n = x.size(0), D = x.size(1), K = centers.size(0);
-  std::vector<int64_t> size(K, 0);
-  for (const int64_t k : label) ++size[k];
-  const auto* in = x.const_data_ptr<T>();
-  auto* center = centers.mutable_data_ptr<T>();
-  at::parallel_for(0, D, std::max<int64_t>(64, (1 << 15) / n), [&](int64_t begin, int64_t end) {
-    for (int64_t k = 0; k < K; ++k)
-      if (size[k]) std::fill(center + k * D + begin, center + k * D + end, T(0));
+  // Gives each point to its nearest centre, the lowest id among equals, and returns the clusters that gained or lost any.
+  // `moved`: the centres whose scores are out of date.
+  std::vector<char> assign(const std::vector<int64_t>& moved) {
+    const int64_t m = moved.size();
+    const Tensor copies = at::empty({m, D}, x.options());
+    auto* row = copies.template mutable_data_ptr<T>();
+    std::vector<T> half(m);
+    for (int64_t j = 0; j < m; ++j) {
+      std::copy_n(centers.template const_data_ptr<T>() + moved[j] * D, D, row + j * D);
+      rows<T>.dots(row + j * D, row + j * D, 1, 1, D, &half[j]);
+    }
+    std::vector<int64_t> before(n);
+    before.swap(label);
+    for_blocks(n, m * D + K, [&](int64_t begin, int64_t end) {
+      std::vector<T> fresh((end - begin) * m);
+      rows<T>.dots(x.template const_data_ptr<T>() + begin * D, row, end - begin, m, D, fresh.data());
+      for (int64_t i = begin; i < end; ++i) {
+        auto* s = &score[i * K];
+        for (int64_t j = 0; j < m; ++j) s[moved[j]] = fresh[(i - begin) * m + j] - half[j] / 2;
+        label[i] = std::max_element(s, s + K) - s;
+      }
+    });
+    std::vector<char> changed(K, false);
     for (int64_t i = 0; i < n; ++i)
-      for (int64_t d = begin; d < end; ++d) center[label[i] * D + d] += in[i * D + d];
+      if (label[i] != before[i]) {
+        changed[label[i]] = true;
+        if (before[i] >= 0) changed[before[i]] = true;
+      }
+    return changed;
+  }
+
+  // Moves the centres of changed clusters to the means of their points, and returns them. An emptied one stays.
+  std::vector<int64_t> update(const std::vector<char>& changed) {
+    const auto* point = x.template const_data_ptr<T>();
+    auto* center = centers.template mutable_data_ptr<T>();
+    std::vector<int64_t> size(K, 0), moved;
+    for (const int64_t k : label) ++size[k];
     for (int64_t k = 0; k < K; ++k)
-      if (size[k])
+      if (changed[k] && size[k]) moved.push_back(k);
+    for_columns(D, n, [&](int64_t begin, int64_t end) {
+      for (const int64_t k : moved) std::fill(center + k * D + begin, center + k * D + end, T(0));
+      for (int64_t i = 0; i < n; ++i)
+        if (changed[label[i]]) rows<T>.add(center + label[i] * D + begin, point + i * D + begin, 1, end - begin);
+      for (const int64_t k : moved)
         for (int64_t d = begin; d < end; ++d) center[k * D + d] /= size[k];
-  });
-}
+    });
+    return moved;
+  }
+};
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> kmeans_cpu(const Tensor& points, const Tensor& valid, const Tensor& uniforms, int64_t max_iters) {
   check_kmeans(points, valid, uniforms, max_iters);
   const int64_t G = points.size(0), N = points.size(1), D = points.size(2), K = uniforms.size(1), trials = uniforms.size(2);
+  const Tensor all = points.contiguous(), ok = valid.contiguous(), u = uniforms.contiguous();
   Tensor centers = at::zeros({G, K, D}, points.options());
   Tensor assignment = at::full({G, N}, -1, points.options().dtype(at::kLong));
-  const Tensor u = uniforms.contiguous(), all = points.contiguous();
+  const auto* is_valid = ok.const_data_ptr<bool>();
+  auto* out = assignment.mutable_data_ptr<int64_t>();
   AT_DISPATCH_FLOATING_TYPES(points.scalar_type(), "kmeans", [&] {
-    const at::ThreadLocalState caller;  // inference mode and the like, which other threads do not have
     at::parallel_for(0, G, 1, [&](int64_t begin, int64_t end) {
-      const at::ThreadLocalStateGuard guard(caller);
       for (int64_t g = begin; g < end; ++g) {
-        const Tensor kept = valid[g].nonzero().flatten();
-        const int64_t n = kept.size(0);
+        std::vector<int64_t> kept;
+        for (int64_t i = 0; i < N; ++i)
+          if (is_valid[g * N + i]) kept.push_back(i);
+        const int64_t n = kept.size();
         if (n == 0) continue;
-        const Tensor x = n == N ? all[g] : all[g].index_select(0, kept);  // (n, D)
-        const Tensor sq = x.square().sum(1);
-        Tensor c = seed<scalar_t>(x, sq.const_data_ptr<scalar_t>(), u.const_data_ptr<double>() + g * K * trials, std::min(K, n), trials);
-        std::vector<int64_t> label(n, -1);
-        for (int64_t i = 0; assign<scalar_t>(x, c, label) && i < max_iters; ++i) update<scalar_t>(x, label, c);
-        centers[g].copy_(c[0].expand({K, D}));  // spare clusters repeat centre 0
-        centers[g].narrow(0, 0, c.size(0)).copy_(c);
-        const auto* index = kept.const_data_ptr<int64_t>();
-        auto* out = assignment.mutable_data_ptr<int64_t>() + g * N;
-        for (int64_t i = 0; i < n; ++i) out[index[i]] = label[i];
+        Problem<scalar_t> problem(all.const_data_ptr<scalar_t>() + g * N * D, kept, D, std::min(K, n), points.options());
+        problem.seed(u.const_data_ptr<double>() + g * K * trials, trials);
+        auto changed = problem.assign({});
+        for (int64_t i = 0; i < max_iters && std::count(changed.begin(), changed.end(), true); ++i)
+          changed = problem.assign(problem.update(changed));
+        auto* center = centers.mutable_data_ptr<scalar_t>() + g * K * D;
+        for (int64_t k = 0; k < K; ++k)  // spare clusters repeat centre 0
+          for (int64_t d = 0; d < D; ++d) center[k * D + d] = problem.centers.const_data_ptr<scalar_t>()[(k < n ? k : 0) * D + d] + problem.mean[d];
+        for (int64_t i = 0; i < n; ++i) out[g * N + kept[i]] = problem.label[i];
       }
     });
   });

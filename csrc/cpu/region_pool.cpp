@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../common.h"
+#include "rows.h"
 
 namespace r2o {
 
@@ -29,7 +30,7 @@ std::tuple<Tensor, Tensor> region_pool_cpu(const Tensor& features, const Tensor&
     at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
       std::vector<int64_t> pixels(R, 0);  // of the cell at hand, per region
       for (int64_t b = begin; b < end; ++b) {
-        auto *rows = p_data + b * R * C, *areas = area_data + b * R;
+        auto *sums = p_data + b * R * C, *areas = area_data + b * R;
         for (int64_t cell = 0; cell < H * W; ++cell) {
           const auto* corner = id + (b * h + cell / W * sy) * w + cell % W * sx;
           for (int64_t i = 0; i < sy * sx; ++i) ++pixels[corner[i / sx * w + i % sx]];
@@ -37,15 +38,14 @@ std::tuple<Tensor, Tensor> region_pool_cpu(const Tensor& features, const Tensor&
             const int64_t r = corner[i / sx * w + i % sx];
             if (!pixels[r]) continue;  // done at an earlier pixel
             const scalar_t share = static_cast<scalar_t>(pixels[r]) / (sy * sx);
-            const auto* in = x_data + (b * H * W + cell) * C;
-            for (int64_t c = 0; c < C; ++c) rows[r * C + c] += share * in[c];
+            rows<scalar_t>.add(sums + r * C, x_data + (b * H * W + cell) * C, share, C);
             areas[r] += share;
             pixels[r] = 0;
           }
         }
         for (int64_t r = 0; r < R; ++r)
           if (areas[r] > 0)
-            for (int64_t c = 0; c < C; ++c) rows[r * C + c] /= areas[r];
+            for (int64_t c = 0; c < C; ++c) sums[r * C + c] /= areas[r];
       }
     });
   });

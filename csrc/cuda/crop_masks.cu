@@ -1,16 +1,14 @@
 // crop_masks on the GPU. Equivalent to: crop_masks_ref in r2o.py, flip(roi_align(one_hot(m), boxes * w, size)).
 //
 // A block per image. Each bin's taps along y and x, a row of each per bin, go to shared memory once; then a thread per
-// bin walks the map where both taps are non-zero and adds their product to the entry of the pixel's own cluster. Every
+// bin walks the window where both taps are non-zero and adds their product to the entry of the pixel's own cluster. Every
 // bin has its own column of the output, so nothing is shared and the order is fixed. Ids out of range are left out.
 // Floor: one read of the map, one write of the weights.
 #include <ATen/ops/zeros.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include "../common.h"
+#include "launch.h"
 
 namespace r2o {
 namespace {
@@ -32,11 +30,14 @@ __global__ void crop(const int64_t* ids, const float* boxes, const bool* flips, 
   __syncthreads();
   for (int i = threadIdx.x; i < size * size; i += blockDim.x) {
     const float *ty = taps_y + i / size * h, *tx = taps_x + i % size * w;
+    int left = 0, right = w;
+    while (left < w && tx[left] == 0.0f) ++left;
+    while (right > left && tx[right - 1] == 0.0f) --right;
     for (int y = 0; y < h; ++y) {
       if (ty[y] == 0.0f) continue;
-      for (int x = 0; x < w; ++x) {
+      for (int x = left; x < right; ++x) {
         const int64_t id = ids[(b * h + y) * w + x];
-        if (tx[x] != 0.0f && id >= 0 && id < K) weights[((b * K + id) * size) * size + i] += ty[y] * tx[x];
+        if (id >= 0 && id < K) weights[((b * K + id) * size) * size + i] += ty[y] * tx[x];
       }
     }
   }
@@ -49,7 +50,7 @@ Tensor crop_masks_cuda(const Tensor& masks, const Tensor& boxes, const Tensor& f
   const c10::cuda::CUDAGuard guard(masks.device());
   const int64_t B = masks.size(0), h = masks.size(1), w = masks.size(2);
   const size_t shared = size * (h + w) * sizeof(float);
-  TORCH_CHECK(shared <= 48 << 10, "size (h + w) is too large for a GPU's shared memory: ", size, " x (", h, " + ", w, ")");
+  allow_shared(reinterpret_cast<const void*>(crop), shared);
   Tensor weights = at::zeros({B, num_clusters, size, size}, boxes.options());
   if (B == 0 || h == 0 || w == 0) return weights;
   const Tensor ids = masks.to(at::kLong).contiguous(), box = boxes.contiguous(), flip = flips.contiguous();

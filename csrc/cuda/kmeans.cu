@@ -1,164 +1,232 @@
 // kmeans on the GPU. Equivalent to: kmeans_ref in r2o.py.
 //
-// The host only launches, always the same number of kernels; nothing is read back.
-//   Seeding, per round:   draw      a block per group: T candidates, by a running sum of the distances
-//                         bmm       their dot products with all points, (N, D) x (D, T)
-//                         measure   a block per (group, candidate): the total distance it would leave
-//                         choose    a block per group: keeps the best candidate and the distances it leaves
-//   Lloyd, per iteration: baddbmm   the scores, (N, D) x (D, K)
-//                         assign    a warp per point: the nearest centre, lowest id among equals; raises changed[g]
-//                         update    a block per centre: the mean of its points, in order; returns at once where the
-//                                   group's assignment did not change, which then holds in all iterations to come
-// All sums have a fixed order. Floor: K - 1 + 2 iterations reads of the points, from L2 at training size.
+// All that K-means ever asks of its points is their dot products: for the mean mu of a cluster's members x_j, the score
+// x·mu is the mean of x·x_j. So one matrix product makes them all (gram, N x N), and the rest only adds them up:
+//   centre    a block per group and 32 columns: x about the mean of the valid points, 0 where not valid
+//   (bmm)     gram = x xᵀ
+//   seed      a block per group, all K rounds: draws T candidates, reads their T rows of gram, keeps the best
+//   then, per iteration
+//   assign    a block per point: its row of gram, summed over the members of every cluster; the nearest centre
+//   means     a block per cluster that gained or lost a point: lists its members, in order, and takes their mean
+// To begin with, each cluster's only member is its seed. Once no point changes cluster the blocks return at once.
+// The host only launches, always the same kernels, and reads nothing back. All sums have a fixed order.
+// Floor: 2 N² D operations for gram, then N² floats an iteration, from L2 while they fit (N = 3200: 41 MB).
 #include <ATen/Dispatch.h>
-#include <ATen/ops/baddbmm.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <limits>
 
 #include "../common.h"
+#include "launch.h"
 
 namespace r2o {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kSeedThreads = 1024, kMaxTrials = 32;
 
-// Group g's T candidates for seed k: the first point at which the running sum of weights passes u times their total. A
-// point weighs its distance from the seeds so far (1 for the first seed), 0 where not valid. Copies their rows.
+// One K-means problem per group g of G; N points and K clusters each, of which min(K, valid points) are used.
 template <typename T>
-__global__ void draw(const T* points, const bool* valid, const T* distance, const double* uniforms, const int64_t* seeds, int64_t* picks, T* rows,
-                     int k, int N, int D, int K, int trials) {
-  __shared__ double start[kThreads + 1];  // running sum before each thread's stretch of points
-  const int64_t g = blockIdx.x;
-  const int stretch = (N + kThreads - 1) / kThreads, begin = min(N, static_cast<int>(threadIdx.x) * stretch), end = min(N, begin + stretch);
-  const auto weight = [&](int i) { return valid[g * N + i] ? (k ? static_cast<double>(distance[g * N + i]) : 1.0) : 0.0; };
-  double sum = 0;
-  for (int i = begin; i < end; ++i) sum += weight(i);
-  start[threadIdx.x + 1] = sum;
+struct Problem {
+  int N, D, K;
+  const bool* valid;     // (G, N)
+  T *x, *mean;           // (G, N, D), (G, D)
+  const T* gram;         // (G, N, N)
+  T *centers, *half;     // (G, K, D), (G, K): |mu|²/2
+  int *members, *size;   // (G, K, N), (G, K): the points whose mean each centre is
+  int* used;             // (G): clusters in use
+  int64_t* label;        // (G, N): -1 where not valid
+};
+
+template <typename V>
+__device__ V warp_sum(V v) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) v += __shfl_down_sync(kAllLanes, v, offset);
+  return __shfl_sync(kAllLanes, v, 0);
+}
+
+// Sum over a block of at most 1024 threads, to all of them.
+template <typename V>
+__device__ V block_sum(V v) {
+  __shared__ V part[kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  v = warp_sum(v);
+  __syncthreads();  // part may still be read by the call before
+  if (lane == 0) part[warp] = v;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    start[0] = 0;
-    for (int t = 1; t <= kThreads; ++t) start[t] += start[t - 1];
-  }
-  __syncthreads();
-  const double total = start[kThreads];
-  for (int t = 0; t < trials; ++t) {
-    const double target = fmin(uniforms[(g * K + k) * trials + t] * total, nextafter(total, 0.0));
-    if (total > 0 && start[threadIdx.x] <= target && target < start[threadIdx.x + 1]) {  // this thread's stretch
-      double running = start[threadIdx.x];
-      int pick = begin;
-      for (int i = begin; i < end; ++i)
-        if (weight(i) > 0) {
-          pick = i;
-          running += weight(i);
-          if (running > target) break;
-        }
-      picks[g * trials + t] = pick;
-    } else if (total <= 0 && threadIdx.x == 0) {
-      picks[g * trials + t] = k ? seeds[g * K] : 0;  // no other point is left
+  return warp_sum(lane < static_cast<int>(blockDim.x) / kWarp ? part[lane] : V(0));
+}
+
+// Columns 32 at a time: 32 threads side by side in a column's direction, 8 stretches of points.
+template <typename T>
+__global__ void centre(const T* points, Problem<T> p) {
+  __shared__ T sums[kThreads];
+  __shared__ int counts[kThreads];
+  const int64_t g = blockIdx.y, base = g * p.N;
+  const int lane = threadIdx.x % kWarp, stretch = threadIdx.x / kWarp, stretches = kThreads / kWarp, d = blockIdx.x * kWarp + lane;
+  T sum = 0;
+  int count = 0;
+  for (int i = stretch; i < p.N; i += stretches)
+    if (p.valid[base + i]) {
+      if (d < p.D) sum += points[(base + i) * p.D + d];
+      ++count;
     }
-  }
+  sums[threadIdx.x] = sum;
+  counts[threadIdx.x] = count;
   __syncthreads();
-  for (int64_t i = threadIdx.x; i < static_cast<int64_t>(trials) * D; i += blockDim.x)
-    rows[g * trials * D + i] = points[(g * N + picks[g * trials + i / D]) * D + i % D];
+  sum = 0, count = 0;
+  for (int s = 0; s < stretches; ++s) sum += sums[s * kWarp + lane], count += counts[s * kWarp + lane];
+  const T mean = count ? sum / count : 0;
+  if (d < p.D) {
+    for (int i = stretch; i < p.N; i += stretches) p.x[(base + i) * p.D + d] = p.valid[base + i] ? points[(base + i) * p.D + d] - mean : 0;
+    if (stretch == 0) p.mean[g * p.D + d] = mean;
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) p.used[g] = min(p.K, count);
 }
 
+// Greedy k-means++. A point weighs its distance from the seeds so far, 1 before the first, 0 where not valid. squares and
+// distances: (G, N), room for |x|² and the distances.
 template <typename T>
-__device__ T distance_to(const T* dot, const T* sq, T sq_pick) {
-  return fmax(*sq - 2 * (*dot - sq_pick / 2), static_cast<T>(0));
-}
-
-// left[g, t]: the total distance to the nearest seed if candidate t were the next one.
-template <typename T>
-__global__ void measure(const T* dots, const T* sq, const bool* valid, const T* distance, const int64_t* picks, double* left, int N, int trials) {
-  __shared__ double partial[kThreads];
-  const int64_t g = blockIdx.x / trials, t = blockIdx.x % trials;
-  const T sq_pick = sq[g * N + picks[blockIdx.x]];
-  double sum = 0;
-  for (int64_t i = g * N + threadIdx.x; i < (g + 1) * N; i += kThreads)
-    if (valid[i]) sum += fmin(distance_to(dots + i * trials + t, sq + i, sq_pick), distance[i]);
-  partial[threadIdx.x] = sum;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
+__global__ void seed(const double* uniforms, Problem<T> p, T* squares, T* distances, int trials) {
+  __shared__ double part[kWarp];  // the weight of each warp's points
+  __shared__ int picks[kMaxTrials];
+  const int64_t g = blockIdx.x, n = p.N;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, stretch = (n + kSeedThreads - 1) / kSeedThreads;
+  const int64_t begin = min(n, static_cast<int64_t>(threadIdx.x) * stretch), end = min(n, begin + stretch);
+  const T* gram = p.gram + g * n * n;
+  const bool* valid = p.valid + g * n;
+  T *square = squares + g * n, *distance = distances + g * n;
+  const auto weight = [&](int64_t i, int k) { return valid[i] ? (k ? static_cast<double>(distance[i]) : 1.0) : 0.0; };
+  const auto closest = [&](int64_t i, int64_t pick) {  // distance of point i from the seeds, were pick one of them
+    return fmin(distance[i], fmax(square[i] - 2 * (gram[pick * n + i] - square[pick] / 2), static_cast<T>(0)));
+  };
+  for (int64_t i = begin; i < end; ++i) square[i] = gram[i * n + i], distance[i] = std::numeric_limits<T>::infinity();
+  int first = 0;
+  for (int k = 0; k < p.used[g]; ++k) {
+    double sum = 0;
+    for (int64_t i = begin; i < end; ++i) sum += weight(i, k);
+    double running = sum;  // over the lanes so far
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const double other = __shfl_up_sync(kAllLanes, running, offset);
+      if (lane >= offset) running += other;
+    }
+    if (lane == kWarp - 1) part[warp] = running;
+    if (threadIdx.x < trials) picks[threadIdx.x] = first;  // stays where no other point is left
     __syncthreads();
-    if (threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
+    double total = 0, before = 0;
+    for (int w = 0; w < kSeedThreads / kWarp; ++w) {
+      if (w == warp) before = total;
+      total += part[w];
+    }
+    for (int t = 0; t < trials; ++t) {  // the first point at which the running sum passes u times the total
+      const double target = fmin(uniforms[(g * p.K + k) * trials + t] * total, nextafter(total, 0.0));
+      if (target < before || target >= before + part[warp]) continue;  // in another warp
+      const unsigned some = __ballot_sync(kAllLanes, sum > 0), past = __ballot_sync(kAllLanes, sum > 0 && before + running > target);
+      if (lane != (past ? __ffs(past) - 1 : kWarp - 1 - __clz(some))) continue;
+      double passed = before + (running - sum);
+      for (int64_t i = begin; i < end && passed <= target; ++i)
+        if (weight(i, k) > 0) {
+          picks[t] = i;
+          passed += weight(i, k);
+        }
+    }
+    __syncthreads();
+    int best = 0;
+    double least = 0;
+    for (int t = 0; t < trials; ++t) {
+      double left = 0;
+      for (int64_t i = threadIdx.x; i < n; i += kSeedThreads)
+        if (valid[i]) left += closest(i, picks[t]);
+      left = block_sum(left);
+      if (t == 0 || left < least) best = t, least = left;
+    }
+    const int64_t pick = picks[best], cluster = g * p.K + k;
+    if (k == 0) first = pick;
+    for (int64_t i = threadIdx.x; i < n; i += kSeedThreads) distance[i] = closest(i, pick);
+    for (int d = threadIdx.x; d < p.D; d += kSeedThreads) p.centers[cluster * p.D + d] = p.x[(g * n + pick) * p.D + d];
+    if (threadIdx.x == 0) {
+      p.members[cluster * n] = pick;
+      p.size[cluster] = 1;
+      p.half[cluster] = square[pick] / 2;
+    }
+    __syncthreads();  // picks and distances are settled
   }
-  if (threadIdx.x == 0) left[blockIdx.x] = partial[0];
 }
 
-// The candidate that leaves least becomes seed k.
+// Gives one point to its nearest centre, the lowest id among equals. A warp per cluster, in turns. changed: (G, K + 1),
+// which clusters gained or lost a point, and last whether any did; before: the same of the iteration before, or null.
 template <typename T>
-__global__ void choose(const T* dots, const T* sq, const int64_t* picks, const double* left, const T* rows, T* distance, int64_t* seeds, T* centers,
-                       int k, int N, int D, int K, int trials) {
-  const int64_t g = blockIdx.x;
-  int best = 0;
-  for (int t = 1; t < trials; ++t)
-    if (left[g * trials + t] < left[g * trials + best]) best = t;
-  const int64_t pick = picks[g * trials + best];
-  for (int64_t i = g * N + threadIdx.x; i < (g + 1) * N; i += blockDim.x)
-    distance[i] = fmin(distance_to(dots + i * trials + best, sq + i, sq[g * N + pick]), distance[i]);
-  for (int d = threadIdx.x; d < D; d += blockDim.x) centers[(g * K + k) * D + d] = rows[(g * trials + best) * D + d];
-  if (threadIdx.x == 0) seeds[g * K + k] = pick;
-}
-
-__global__ void count_valid(const bool* valid, int* count, int N) {  // a block per group
-  __shared__ int total;
-  if (threadIdx.x == 0) total = 0;
+__global__ void assign(Problem<T> p, const bool* before, bool* changed) {
+  extern __shared__ char shared[];
+  __shared__ T best_score[kThreads / kWarp];
+  __shared__ int best_id[kThreads / kWarp];
+  T* row = reinterpret_cast<T*>(shared);  // (N)
+  const int64_t point = blockIdx.x, g = point / p.N;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  if (!p.valid[point] || (before && !before[g * (p.K + 1) + p.K])) return;
+  for (int i = threadIdx.x; i < p.N; i += kThreads) row[i] = p.gram[point * p.N + i];
   __syncthreads();
-  int n = 0;
-  for (int i = threadIdx.x; i < N; i += blockDim.x) n += valid[static_cast<int64_t>(blockIdx.x) * N + i];
-  atomicAdd(&total, n);
-  __syncthreads();
-  if (threadIdx.x == 0) count[blockIdx.x] = total;
-}
-
-// label: -1 where not valid. A group of n < K valid points has n clusters.
-template <typename T>
-__global__ void assign(const T* scores, const bool* valid, const int* count, int64_t* label, int* changed, int64_t rows, int N, int K) {
-  const int64_t row = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / 32;
-  const int lane = threadIdx.x % 32;
-  if (row >= rows || !valid[row]) return;
-  const int clusters = min(K, count[row / N]);
   T best = -std::numeric_limits<T>::infinity();
   int id = 0;
-  for (int k = lane; k < clusters; k += 32)
-    if (scores[row * K + k] > best) best = scores[row * K + (id = k)];
-  for (int offset = 16; offset > 0; offset /= 2) {
-    const T other = __shfl_down_sync(0xffffffff, best, offset);
-    const int other_id = __shfl_down_sync(0xffffffff, id, offset);
-    if (other > best || (other == best && other_id < id)) best = other, id = other_id;
-  }
-  if (lane == 0 && label[row] != id) {
-    label[row] = id;
-    changed[row / N] = 1;
-  }
-}
-
-template <typename T>
-__global__ void update(const T* points, const int64_t* label, const int* changed, T* centers, int N, int D, int K) {
-  const int64_t g = blockIdx.x / K, k = blockIdx.x % K;
-  if (!changed[g]) return;
-  for (int d = threadIdx.x; d < D; d += blockDim.x) {
+  for (int k = warp; k < p.used[g]; k += kThreads / kWarp) {
+    const int64_t cluster = g * p.K + k;
+    const int size = p.size[cluster];
     T sum = 0;
-    int size = 0;
-    for (int64_t i = g * N; i < (g + 1) * N; ++i)
-      if (label[i] == k) sum += points[i * D + d], ++size;
-    if (size) centers[blockIdx.x * static_cast<int64_t>(D) + d] = sum / size;  // an emptied cluster keeps its centre
+    if (size) {
+      for (int j = lane; j < size; j += kWarp) sum += row[p.members[cluster * p.N + j]];
+    } else {  // emptied: its centre stays, and is the mean of no present members
+      for (int d = lane; d < p.D; d += kWarp) sum += p.x[point * p.D + d] * p.centers[cluster * p.D + d];
+    }
+    const T score = warp_sum(sum) / max(size, 1) - p.half[cluster];
+    if (score > best) best = score, id = k;
   }
+  if (lane == 0) best_score[warp] = best, best_id[warp] = id;
+  __syncthreads();
+  if (threadIdx.x) return;
+  for (int w = 1; w < kThreads / kWarp; ++w)
+    if (best_score[w] > best || (best_score[w] == best && best_id[w] < id)) best = best_score[w], id = best_id[w];
+  const int64_t old = p.label[point];
+  if (old == id) return;
+  p.label[point] = id;
+  changed += g * (p.K + 1);
+  changed[id] = changed[p.K] = true;
+  if (old >= 0) changed[old] = true;
 }
 
-// Spare clusters repeat centre 0; without a valid point all centres are 0.
+// The members of one cluster, in order, and their mean. An emptied cluster keeps its centre.
 template <typename T>
-__global__ void fill_spare(const int* count, T* centers, int D, int K) {
-  const int64_t g = blockIdx.x / K, k = blockIdx.x % K;
-  if (k < count[g]) return;
-  for (int d = threadIdx.x; d < D; d += blockDim.x) centers[blockIdx.x * static_cast<int64_t>(D) + d] = count[g] ? centers[g * K * D + d] : 0;
+__global__ void means(Problem<T> p, const bool* changed) {
+  const int64_t cluster = blockIdx.x, g = cluster / p.K, k = cluster % p.K;
+  if (!changed[g * (p.K + 1) + k]) return;
+  int* members = p.members + cluster * p.N;
+  int size = 0;
+  for (int first = 0; first < p.N; first += kThreads) {
+    const int i = first + threadIdx.x;
+    size = append(members, size, i < p.N && p.label[g * p.N + i] == k, i);
+  }
+  if (threadIdx.x == 0) p.size[cluster] = size;
+  if (size == 0) return;
+  T square = 0;
+  for (int d = threadIdx.x; d < p.D; d += kThreads) {
+    T sum = 0;
+    for (int j = 0; j < size; ++j) sum += p.x[(g * p.N + members[j]) * p.D + d];
+    const T mean = sum / size;
+    p.centers[cluster * p.D + d] = mean;
+    square += mean * mean;
+  }
+  square = block_sum(square);
+  if (threadIdx.x == 0) p.half[cluster] = square / 2;
+}
+
+// Back from the mean. Spare clusters repeat centre 0; without a valid point all centres are 0.
+template <typename T>
+__global__ void finish(Problem<T> p, T* out) {
+  const int64_t g = blockIdx.x / p.K;
+  const int used = p.used[g], k = blockIdx.x % p.K;
+  for (int d = threadIdx.x; d < p.D; d += blockDim.x)
+    out[blockIdx.x * static_cast<int64_t>(p.D) + d] = used ? p.centers[(g * p.K + (k < used ? k : 0)) * p.D + d] + p.mean[g * p.D + d] : 0;
 }
 
 }  // namespace
@@ -168,45 +236,40 @@ std::tuple<Tensor, Tensor> kmeans_cuda(const Tensor& points, const Tensor& valid
   const c10::cuda::CUDAGuard guard(points.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const int64_t G = points.size(0), N = points.size(1), D = points.size(2), K = uniforms.size(1), trials = uniforms.size(2);
-  Tensor centers = at::zeros({G, K, D}, points.options());
-  Tensor label = at::full({G, N}, -1, points.options().dtype(at::kLong));
-  if (points.numel() == 0) return {centers, label};
-  const Tensor x = points.contiguous(), ok = valid.contiguous(), u = uniforms.contiguous(), sq = x.square().sum(-1);
-  const auto integers = points.options().dtype(at::kInt), longs = points.options().dtype(at::kLong);
-  Tensor count = at::empty({G}, integers), changed = at::zeros({max_iters + 1, G}, integers);
-  Tensor picks = at::zeros({G, trials}, longs), seeds = at::zeros({G, K}, longs), rows = at::empty({G, trials, D}, points.options());
-  Tensor left = at::empty({G, trials}, points.options().dtype(at::kDouble));
+  TORCH_CHECK(N <= kMaxPoints && trials <= kMaxTrials, "on a GPU a group has at most ", kMaxPoints, " points and a round ", kMaxTrials,
+              " candidates, got ", N, " and ", trials);
+  const auto options = points.options(), integers = options.dtype(at::kInt), flags = options.dtype(at::kBool);
+  Tensor out = at::zeros({G, K, D}, options), label = at::full({G, N}, -1, options.dtype(at::kLong));
+  if (points.numel() == 0) return {out, label};
+  const Tensor in = points.contiguous(), ok = valid.contiguous(), u = uniforms.contiguous();
+  Tensor x = at::empty({G, N, D}, options), mean = at::empty({G, D}, options), centers = at::empty({G, K, D}, options), half = at::empty({G, K}, options);
+  Tensor members = at::empty({G, K, N}, integers), size = at::empty({G, K}, integers), used = at::empty({G}, integers);
+  Tensor square = at::empty({G, N}, options), distance = at::empty({G, N}, options), changed = at::zeros({max_iters + 1, G, K + 1}, flags);
   AT_DISPATCH_FLOATING_TYPES(points.scalar_type(), "kmeans", [&] {
-    Tensor distance = at::full({G, N}, std::numeric_limits<scalar_t>::infinity(), points.options());
-    const auto *x_data = x.const_data_ptr<scalar_t>(), *sq_data = sq.const_data_ptr<scalar_t>();
-    auto *center_data = centers.mutable_data_ptr<scalar_t>(), *distance_data = distance.mutable_data_ptr<scalar_t>();
-    const auto* ok_data = ok.const_data_ptr<bool>();
-    auto *pick_data = picks.mutable_data_ptr<int64_t>(), *seed_data = seeds.mutable_data_ptr<int64_t>(), *label_data = label.mutable_data_ptr<int64_t>();
-    auto* left_data = left.mutable_data_ptr<double>();
-    auto *count_data = count.mutable_data_ptr<int>(), *changed_data = changed.mutable_data_ptr<int>();
-    count_valid<<<G, kThreads, 0, stream>>>(ok_data, count_data, N);
+    using T = scalar_t;
+    Problem<T> p{static_cast<int>(N), static_cast<int>(D), static_cast<int>(K), ok.const_data_ptr<bool>(), x.mutable_data_ptr<T>(), mean.mutable_data_ptr<T>(),
+                 nullptr, centers.mutable_data_ptr<T>(), half.mutable_data_ptr<T>(), members.mutable_data_ptr<int>(), size.mutable_data_ptr<int>(),
+                 used.mutable_data_ptr<int>(), label.mutable_data_ptr<int64_t>()};
+    centre<T><<<dim3((D + kWarp - 1) / kWarp, G), kThreads, 0, stream>>>(in.const_data_ptr<T>(), p);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-    for (int k = 0; k < K; ++k) {
-      draw<<<G, kThreads, 0, stream>>>(x_data, ok_data, distance_data, u.const_data_ptr<double>(), seed_data, pick_data, rows.mutable_data_ptr<scalar_t>(), k, N, D, K, trials);
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
-      const Tensor dots = at::bmm(x, rows.transpose(1, 2));  // (G, N, T)
-      measure<<<G * trials, kThreads, 0, stream>>>(dots.const_data_ptr<scalar_t>(), sq_data, ok_data, distance_data, pick_data, left_data, N, trials);
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
-      choose<<<G, kThreads, 0, stream>>>(dots.const_data_ptr<scalar_t>(), sq_data, pick_data, left_data, rows.const_data_ptr<scalar_t>(), distance_data, seed_data, center_data, k, N, D, K, trials);
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
-    }
-    for (int64_t i = 0; i <= max_iters; ++i) {
-      const Tensor scores = at::baddbmm(centers.square().sum(-1).div(-2).unsqueeze(1), x, centers.transpose(1, 2));  // (G, N, K)
-      assign<<<(G * N * 32 + kThreads - 1) / kThreads, kThreads, 0, stream>>>(scores.const_data_ptr<scalar_t>(), ok_data, count_data, label_data, changed_data + i * G, G * N, N, K);
+    const Tensor gram = at::bmm(x, x.transpose(1, 2));  // (G, N, N)
+    p.gram = gram.const_data_ptr<T>();
+    seed<T><<<G, kSeedThreads, 0, stream>>>(u.const_data_ptr<double>(), p, square.mutable_data_ptr<T>(), distance.mutable_data_ptr<T>(), trials);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    const size_t shared = N * sizeof(T);
+    allow_shared(reinterpret_cast<const void*>(assign<T>), shared);
+    bool* now = changed.mutable_data_ptr<bool>();
+    for (int64_t i = 0; i <= max_iters; ++i, now += G * (K + 1)) {
+      assign<T><<<G * N, kThreads, shared, stream>>>(p, i ? now - G * (K + 1) : nullptr, now);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
       if (i == max_iters) break;
-      update<<<G * K, kThreads, 0, stream>>>(x_data, label_data, changed_data + i * G, center_data, N, D, K);
+      means<T><<<G * K, kThreads, 0, stream>>>(p, now);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     }
-    fill_spare<<<G * K, kThreads, 0, stream>>>(count_data, center_data, D, K);
+    finish<T><<<G * K, kThreads, 0, stream>>>(p, out.mutable_data_ptr<T>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
-  return {centers, label};
+  return {out, label};
 }
 
 TORCH_LIBRARY_IMPL(r2o, CUDA, m) { m.impl("kmeans", &kmeans_cuda); }

@@ -3,68 +3,79 @@
 //   forward    h[p] = sum_n w[b_p, k_p, n] f[b_p, :, n] / sum_n w[b_p, k_p, n]            a block per row
 //   backward   df[b, :, n] = sum_{p: b_p = b} w[b, k_p, n] dh[p] / sum_n w[b, k_p, n]     a block per (image, cell)
 //
-// Threads run over channels; every output is written by one thread, in a fixed order, without atomics. Pairs out of
-// range give zero rows and no gradient. Floor: one read of the features or rows, one write of the other.
+// Threads run over channels, which are innermost, 8 each; every output is written by one thread, in a fixed order, without
+// atomics. For backward, a block per image first lists its rows. Pairs out of range give zero rows and no gradient.
+// Floor: one read of the features or rows, one write of the other; cells where a mask has no weight are not read.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include "../common.h"
+#include "launch.h"
 
 namespace r2o {
 namespace {
 
-// The weight of every row's mask, 0 where the pair is out of range; a thread per row.
-template <typename T>
-__global__ void total_weight(const T* weights, const int64_t* pairs, T* totals, int64_t P, int64_t B, int64_t K, int cells) {
-  const int64_t p = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (p >= P) return;
-  const int64_t b = pairs[2 * p], k = pairs[2 * p + 1];
-  T total = 0;
-  if (b >= 0 && b < B && k >= 0 && k < K)
-    for (int n = 0; n < cells; ++n) total += weights[(b * K + k) * cells + n];
-  totals[p] = total;
-}
+constexpr int kThreadChannels = 8, kChunk = kThreads * kThreadChannels;
 
+// features: (B, cells, C); weights: (B, K, cells); pairs: (P, 2); h: (P, C).
 template <typename In, typename T>
-__global__ void pool(const In* features, const T* weights, const int64_t* pairs, const T* totals, T* h, int C, int64_t K, int cells, int W,
-                     int64_t stride_b, int64_t stride_c, int64_t stride_y, int64_t stride_x) {
+__global__ void pool(const In* features, const T* weights, const int64_t* pairs, T* h, int64_t B, int64_t K, int C, int cells) {
   const int64_t p = blockIdx.x, b = pairs[2 * p], k = pairs[2 * p + 1];
-  const T total = totals[p];
-  for (int c = threadIdx.x; c < C; c += blockDim.x) {
-    T sum = 0;
-    if (total > 0)
-      for (int n = 0; n < cells; ++n) {
-        const T w = weights[(b * K + k) * cells + n];
-        if (w != 0) sum += w * static_cast<T>(features[b * stride_b + c * stride_c + n / W * stride_y + n % W * stride_x]);
-      }
-    h[p * C + c] = total > 0 ? sum / total : 0;
+  const bool inside = b >= 0 && b < B && k >= 0 && k < K;
+  const T* w = weights + (b * K + k) * cells;
+  T total = 0;
+  for (int n = 0; inside && n < cells; ++n) total += w[n];
+  for (int start = threadIdx.x; start < C; start += kChunk) {
+    T sum[kThreadChannels] = {};
+    for (int n = 0; total > 0 && n < cells; ++n) {
+      if (w[n] == 0) continue;
+      const In* in = features + (b * cells + n) * C;
+      for (int u = 0; u < kThreadChannels; ++u)
+        if (start + u * kThreads < C) sum[u] += w[n] * static_cast<T>(in[start + u * kThreads]);
+    }
+    for (int u = 0; u < kThreadChannels; ++u)
+      if (start + u * kThreads < C) h[p * C + start + u * kThreads] = total > 0 ? sum[u] / total : 0;
   }
 }
 
+// rows: (B, P), the pairs of each image in order; count: (B); totals: (P), the weight of each pair's mask.
 template <typename T>
-__global__ void spread(const T* dh, const T* weights, const int64_t* pairs, const T* totals, T* df, int64_t P, int C, int64_t K, int cells) {
-  const int64_t b = blockIdx.x / cells, n = blockIdx.x % cells;
-  for (int c = threadIdx.x; c < C; c += blockDim.x) {
-    T sum = 0;
-    for (int64_t p = 0; p < P; ++p)
-      if (pairs[2 * p] == b && totals[p] > 0) sum += weights[(b * K + pairs[2 * p + 1]) * cells + n] / totals[p] * dh[p * C + c];
-    df[blockIdx.x * static_cast<int64_t>(C) + c] = sum;  // (B, H, W, C)
+__global__ void list_rows(const T* weights, const int64_t* pairs, int* rows, int* count, T* totals, int P, int64_t K, int cells) {
+  const int64_t b = blockIdx.x;
+  int size = 0;
+  for (int first = 0; first < P; first += kThreads) {
+    const int64_t p = first + threadIdx.x, k = p < P ? pairs[2 * p + 1] : -1;
+    const bool mine = k >= 0 && k < K && pairs[2 * p] == b;
+    if (mine) {
+      T total = 0;
+      for (int n = 0; n < cells; ++n) total += weights[(b * K + k) * cells + n];
+      totals[p] = total;
+    }
+    size = append(rows + b * P, size, mine, p);
   }
+  if (threadIdx.x == 0) count[b] = size;
 }
 
+// df: (B, cells, C)
 template <typename T>
-Tensor total_weights(const Tensor& w, const Tensor& rows, cudaStream_t stream) {
-  const int64_t P = rows.size(0);
-  Tensor totals = at::empty({P}, w.options());
-  total_weight<T><<<(P + 127) / 128, 128, 0, stream>>>(w.const_data_ptr<T>(), rows.const_data_ptr<int64_t>(), totals.mutable_data_ptr<T>(), P,
-                                                       w.size(0), w.size(1), w.size(2) * w.size(3));
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return totals;
+__global__ void spread(const T* dh, const T* weights, const int64_t* pairs, const int* rows, const int* count, const T* totals, T* df, int P,
+                       int64_t K, int C, int cells) {
+  const int64_t b = blockIdx.x / cells;
+  const int n = blockIdx.x % cells;
+  for (int start = threadIdx.x; start < C; start += kChunk) {
+    T sum[kThreadChannels] = {};
+    for (int j = 0; j < count[b]; ++j) {
+      const int64_t p = rows[b * P + j];
+      const T w = weights[(b * K + pairs[2 * p + 1]) * cells + n];
+      if (w == 0 || !(totals[p] > 0)) continue;
+      const T share = w / totals[p];
+      for (int u = 0; u < kThreadChannels; ++u)
+        if (start + u * kThreads < C) sum[u] += share * dh[p * C + start + u * kThreads];
+    }
+    for (int u = 0; u < kThreadChannels; ++u)
+      if (start + u * kThreads < C) df[blockIdx.x * static_cast<int64_t>(C) + start + u * kThreads] = sum[u];
+  }
 }
 
 }  // namespace
@@ -73,17 +84,15 @@ Tensor mask_pool_cuda(const Tensor& features, const Tensor& weights, const Tenso
   check_mask_pool(weights, pairs);
   check_mask_pool_features(features, weights);
   const c10::cuda::CUDAGuard guard(features.device());
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  const int64_t P = pairs.size(0), C = features.size(1), H = features.size(2), W = features.size(3);
+  const int64_t B = features.size(0), C = features.size(1), cells = features.size(2) * features.size(3), K = weights.size(1), P = pairs.size(0);
   Tensor h = at::empty({P, C}, weights.options());
   if (h.numel() == 0) return h;
+  const Tensor x = features.permute({0, 2, 3, 1}).contiguous();  // (B, H, W, C): as it is where channels are last
   const Tensor w = weights.contiguous(), rows = pairs.to(at::kLong).contiguous();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, features.scalar_type(), "mask_pool", [&] {
     using T = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-    const Tensor totals = total_weights<T>(w, rows, stream);
-    pool<scalar_t, T><<<P, 256, 0, stream>>>(features.const_data_ptr<scalar_t>(), w.const_data_ptr<T>(), rows.const_data_ptr<int64_t>(),
-                                             totals.const_data_ptr<T>(), h.mutable_data_ptr<T>(), C, w.size(1), H * W, W, features.stride(0),
-                                             features.stride(1), features.stride(2), features.stride(3));
+    pool<scalar_t, T><<<P, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+        x.const_data_ptr<scalar_t>(), w.const_data_ptr<T>(), rows.const_data_ptr<int64_t>(), h.mutable_data_ptr<T>(), B, K, C, cells);
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return h;
@@ -94,14 +103,20 @@ Tensor mask_pool_backward_cuda(const Tensor& grad, const Tensor& weights, const 
   check_mask_pool_grad(grad, weights, pairs);
   const c10::cuda::CUDAGuard guard(grad.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const int64_t B = weights.size(0), H = weights.size(2), W = weights.size(3), P = grad.size(0), C = grad.size(1);
-  Tensor df = at::zeros({B, H, W, C}, grad.options());
-  if (df.numel() && P) {
-    const Tensor dh = grad.contiguous(), w = weights.contiguous(), rows = pairs.to(at::kLong).contiguous();
+  const int64_t B = weights.size(0), K = weights.size(1), H = weights.size(2), W = weights.size(3), cells = H * W, P = grad.size(0), C = grad.size(1);
+  Tensor df = at::empty({B, H, W, C}, grad.options());
+  if (df.numel()) {
+    const Tensor dh = grad.contiguous(), w = weights.contiguous(), checked = pairs.to(at::kLong).contiguous();
+    Tensor rows = at::empty({B, P}, grad.options().dtype(at::kInt)), count = at::empty({B}, rows.options()), totals = at::empty({P}, grad.options());
+    const auto* pair = checked.const_data_ptr<int64_t>();
     AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "mask_pool_backward", [&] {
-      const Tensor totals = total_weights<scalar_t>(w, rows, stream);
-      spread<scalar_t><<<B * H * W, 256, 0, stream>>>(dh.const_data_ptr<scalar_t>(), w.const_data_ptr<scalar_t>(), rows.const_data_ptr<int64_t>(),
-                                                      totals.const_data_ptr<scalar_t>(), df.mutable_data_ptr<scalar_t>(), P, C, w.size(1), H * W);
+      const auto* w_data = w.const_data_ptr<scalar_t>();
+      auto* total = totals.mutable_data_ptr<scalar_t>();
+      auto *row = rows.mutable_data_ptr<int>(), *counts = count.mutable_data_ptr<int>();
+      list_rows<scalar_t><<<B, kThreads, 0, stream>>>(w_data, pair, row, counts, total, P, K, cells);
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+      spread<scalar_t><<<B * cells, kThreads, 0, stream>>>(dh.const_data_ptr<scalar_t>(), w_data, pair, row, counts, total,
+                                                           df.mutable_data_ptr<scalar_t>(), P, K, C, cells);
     });
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }

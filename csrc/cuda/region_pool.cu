@@ -1,44 +1,69 @@
 // region_pool on the GPU. Equivalent to: region_pool_ref in r2o.py.
 //
-// 1. count_pixels, a thread per pixel: how many pixels of each feature cell belong to each region, in integers, so that
-//    the atomics' order does not matter.
-// 2. mean_features, a block per (image, region), threads over channels: walks the cells the region touches, in order.
-// Floor: one read of the features and of the map, one write of the embeddings. Ids out of range are left out.
+// A block per image and 4 regions:
+//   1. counts, in shared memory, how many pixels of each feature cell belong to each of its regions (integers, so that
+//      the order of the atomics does not matter), and lists the cells each region touches, in order;
+//   2. a warp per region and 256 channels, 8 to a lane: the mean over the listed cells.
+// Features are read with channels innermost. Ids out of range are left out.
+// Floor: one read of the features and of the map, one write of the embeddings; a cell is read once per region it meets.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include "../common.h"
+#include "launch.h"
 
 namespace r2o {
 namespace {
 
-__global__ void count_pixels(const int64_t* ids, int* count, int64_t pixels, int h, int w, int H, int W, int R) {  // count: (B, R, H W)
-  const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;  // in (B, h, w)
-  if (i >= pixels || ids[i] < 0 || ids[i] >= R) return;
-  const int64_t b = i / (h * w);
-  const int y = i / w % h, x = i % w, cell = y / (h / H) * W + x / (w / W);
-  atomicAdd(&count[(b * R + ids[i]) * H * W + cell], 1);
-}
+constexpr int kRegions = 4, kLaneChannels = 8;
 
-template <typename T, typename Full>
-__global__ void mean_features(const T* features, const int* count, Full* p, Full* area, int C, int W, int cells, int pixels_per_cell,
-                              int64_t stride_b, int64_t stride_c, int64_t stride_y, int64_t stride_x, int R) {
-  const int64_t row = blockIdx.x;  // b R + r
-  const int* n = count + row * cells;
-  int total = 0;
-  for (int cell = 0; cell < cells; ++cell) total += n[cell];
-  if (threadIdx.x == 0) area[row] = static_cast<Full>(total) / pixels_per_cell;
-  for (int c = threadIdx.x; c < C; c += blockDim.x) {
-    const T* in = features + row / R * stride_b + c * stride_c;
-    Full sum = 0;
-    for (int cell = 0; cell < cells; ++cell)
-      if (n[cell]) sum += n[cell] * static_cast<Full>(in[cell / W * stride_y + cell % W * stride_x]);
-    p[row * C + c] = total ? sum / total : 0;
+// features: (B, H, W, C); ids: (B, h, w); p: (B, R, C); area: (B, R). Shared: 2 kRegions (H W) ints.
+template <typename In, typename Id, typename T>
+__global__ void pool(const In* features, const Id* ids, T* p, T* area, int R, int C, int H, int W, int h, int w) {
+  extern __shared__ int shared[];
+  __shared__ int touched[kRegions];
+  const int cells = H * W, tall = h / H, wide = w / W, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  int *pixels = shared, *list = shared + kRegions * cells;  // (kRegions, cells) both
+  const int64_t b = blockIdx.y;
+  const int first = blockIdx.x * kRegions, regions = min(kRegions, R - first);
+  for (int i = threadIdx.x; i < kRegions * cells; i += kThreads) pixels[i] = 0;
+  __syncthreads();
+  for (int i = threadIdx.x; i < h * w; i += kThreads) {
+    const int64_t r = static_cast<int64_t>(ids[b * h * w + i]) - first;
+    if (r >= 0 && r < regions) atomicAdd(&pixels[r * cells + i / w / tall * W + i % w / wide], 1);
+  }
+  __syncthreads();
+  if (warp < regions) {  // a warp per region lists its cells
+    int found = 0, total = 0;
+    for (int start = 0; start < cells; start += kWarp) {
+      const int cell = start + lane, count = cell < cells ? pixels[warp * cells + cell] : 0;
+      const unsigned lanes = __ballot_sync(kAllLanes, count > 0);
+      if (count) list[warp * cells + found + __popc(lanes & ((1u << lane) - 1))] = cell;
+      found += __popc(lanes);
+      total += count;
+    }
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) total += __shfl_down_sync(kAllLanes, total, offset);
+    if (lane == 0) {
+      touched[warp] = found;
+      area[b * R + first + warp] = static_cast<T>(total) / (tall * wide);
+    }
+  }
+  __syncthreads();
+  const int chunk = kWarp * kLaneChannels, chunks = (C + chunk - 1) / chunk;
+  for (int task = warp; task < regions * chunks; task += kThreads / kWarp) {
+    const int r = task / chunks, start = task % chunks * chunk + lane;
+    T sum[kLaneChannels] = {};
+    int total = 0;
+    for (int j = 0; j < touched[r]; ++j) {
+      const int cell = list[r * cells + j], count = pixels[r * cells + cell];
+      const In* in = features + (b * cells + cell) * C;
+      for (int u = 0; u < kLaneChannels; ++u)
+        if (start + u * kWarp < C) sum[u] += count * static_cast<T>(in[start + u * kWarp]);
+      total += count;
+    }
+    for (int u = 0; u < kLaneChannels; ++u)
+      if (start + u * kWarp < C) p[(b * R + first + r) * C + start + u * kWarp] = total ? sum[u] / total : 0;
   }
 }
 
@@ -47,21 +72,22 @@ __global__ void mean_features(const T* features, const int* count, Full* p, Full
 std::tuple<Tensor, Tensor> region_pool_cuda(const Tensor& features, const Tensor& regions, int64_t num_regions) {
   check_region_pool(features, regions, num_regions);
   const c10::cuda::CUDAGuard guard(features.device());
-  const auto stream = c10::cuda::getCurrentCUDAStream();
   const int64_t B = features.size(0), C = features.size(1), H = features.size(2), W = features.size(3), R = num_regions;
-  const int64_t h = regions.size(1), w = regions.size(2), pixels = B * h * w;
+  const int64_t h = regions.size(1), w = regions.size(2);
+  const size_t shared = 2 * kRegions * H * W * sizeof(int);
   const auto options = features.options().dtype(full_type(features));
   Tensor p = at::empty({B, R, C}, options), area = at::empty({B, R}, options);
   if (B == 0) return {p, area};
-  const Tensor ids = regions.to(at::kLong).contiguous();
-  Tensor count = at::zeros({B, R, H * W}, features.options().dtype(at::kInt));
-  count_pixels<<<(pixels + 255) / 256, 256, 0, stream>>>(ids.const_data_ptr<int64_t>(), count.mutable_data_ptr<int>(), pixels, h, w, H, W, R);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  const Tensor x = features.permute({0, 2, 3, 1}).contiguous();  // (B, H, W, C): as it is where channels are last
+  const Tensor ids = (regions.scalar_type() == at::kByte ? regions : regions.to(at::kLong)).contiguous();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, features.scalar_type(), "region_pool", [&] {
-    using Full = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-    mean_features<scalar_t, Full><<<B * R, 256, 0, stream>>>(
-        features.const_data_ptr<scalar_t>(), count.const_data_ptr<int>(), p.mutable_data_ptr<Full>(), area.mutable_data_ptr<Full>(), C, W,
-        H * W, h / H * (w / W), features.stride(0), features.stride(1), features.stride(2), features.stride(3), R);
+    using T = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    const auto launch = [&](const auto* id) {
+      allow_shared(reinterpret_cast<const void*>(pool<scalar_t, std::decay_t<decltype(*id)>, T>), shared);
+      pool<<<dim3((R + kRegions - 1) / kRegions, B), kThreads, shared, c10::cuda::getCurrentCUDAStream()>>>(
+          x.const_data_ptr<scalar_t>(), id, p.mutable_data_ptr<T>(), area.mutable_data_ptr<T>(), R, C, H, W, h, w);
+    };
+    ids.scalar_type() == at::kByte ? launch(ids.const_data_ptr<uint8_t>()) : launch(ids.const_data_ptr<int64_t>());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {p, area};

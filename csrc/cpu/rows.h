@@ -1,0 +1,116 @@
+// What the CPU ops do with rows of channels: dot products and weighted sums, in the widest vectors that the processor at
+// hand has, chosen when the library is loaded. BLAS is slow where one side has few rows, and does not go inside a thread.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace r2o {
+
+constexpr int64_t kBlock = 24;  // rows of a that share one pass over b: they stay in the second-level cache
+
+// One tile of a matrix of dot products, summed in registers. The order of a sum does not depend on the tile, so equal
+// rows give equal bits. Rows past the end stand for the first again and are not written.
+template <int kBytes, int kRows, int kCols, typename T>
+__attribute__((always_inline)) inline void dot_tile(const T* a, const T* b, int64_t rows, int64_t D, T* out, int64_t stride) {
+  typedef T Vector __attribute__((vector_size(kBytes)));
+  constexpr int kLanes = kBytes / sizeof(T);
+  const T* row[kRows];
+  for (int r = 0; r < kRows; ++r) row[r] = a + (r < rows ? r : 0) * D;
+  Vector sum[kRows][kCols] = {};
+  int64_t d = 0;
+  for (; d + kLanes <= D; d += kLanes) {
+    Vector x, y[kCols];
+    for (int c = 0; c < kCols; ++c) std::memcpy(&y[c], b + c * D + d, kBytes);
+    for (int r = 0; r < kRows; ++r) {
+      std::memcpy(&x, row[r] + d, kBytes);
+      for (int c = 0; c < kCols; ++c) sum[r][c] += x * y[c];
+    }
+  }
+  for (int r = 0; r < kRows && r < rows; ++r)
+    for (int c = 0; c < kCols; ++c) {
+      T total = 0;
+      for (int lane = 0; lane < kLanes; ++lane) total += sum[r][c][lane];
+      for (int64_t rest = d; rest < D; ++rest) total += row[r][rest] * b[c * D + rest];
+      out[r * stride + c] = total;
+    }
+}
+
+template <int kBytes, int kRows, int kCols, typename T>
+__attribute__((always_inline)) inline void dots_in(const T* a, const T* b, int64_t n, int64_t m, int64_t D, T* out) {
+  const int64_t tiles = (m + kCols - 1) / kCols;
+  for (int64_t t = 0; t < tiles; ++t) {  // columns in equal shares: 5 are 3 + 2, not 4 + 1
+    const int64_t c = t * m / tiles, cols = (t + 1) * m / tiles - c;
+    for (int64_t r = 0; r < n; r += kRows) {
+      const auto tile = [&](auto width) __attribute__((always_inline)) {
+        dot_tile<kBytes, kRows, width()>(a + r * D, b + c * D, n - r, D, out + r * m + c, m);
+      };
+      if (cols == 4) tile(std::integral_constant<int, 4>());
+      if (cols == 3) tile(std::integral_constant<int, 3>());
+      if (cols == 2) tile(std::integral_constant<int, 2>());
+      if (cols == 1) tile(std::integral_constant<int, 1>());
+    }
+  }
+}
+
+template <int kBytes, typename T>
+__attribute__((always_inline)) inline void add_in(T* out, const T* in, T weight, int64_t n) {
+  typedef T Vector __attribute__((vector_size(kBytes)));
+  constexpr int64_t kLanes = kBytes / sizeof(T);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Vector x, y;
+    std::memcpy(&x, in + i, kBytes);
+    std::memcpy(&y, out + i, kBytes);
+    y += weight * x;
+    std::memcpy(out + i, &y, kBytes);
+  }
+  for (; i < n; ++i) out[i] += weight * in[i];
+}
+
+// The same code for each kind of processor; tiles fill its 32 or 16 registers.
+template <typename T>
+struct Rows {
+  // out[i, j] = a_i · b_j. a: (n, D), b: (m, D), out: (n, m), all contiguous.
+  void (*dots)(const T* a, const T* b, int64_t n, int64_t m, int64_t D, T* out);
+  // out[i] += weight * in[i]
+  void (*add)(T* out, const T* in, T weight, int64_t n);
+};
+
+#ifdef __x86_64__
+template <typename T>
+__attribute__((target("avx512f"))) void dots_avx512(const T* a, const T* b, int64_t n, int64_t m, int64_t D, T* out) {
+  dots_in<64, 6, 4>(a, b, n, m, D, out);
+}
+template <typename T>
+__attribute__((target("avx512f"))) void add_avx512(T* out, const T* in, T weight, int64_t n) {
+  add_in<64>(out, in, weight, n);
+}
+template <typename T>
+__attribute__((target("avx2,fma"))) void dots_avx2(const T* a, const T* b, int64_t n, int64_t m, int64_t D, T* out) {
+  dots_in<32, 6, 2>(a, b, n, m, D, out);
+}
+template <typename T>
+__attribute__((target("avx2,fma"))) void add_avx2(T* out, const T* in, T weight, int64_t n) {
+  add_in<32>(out, in, weight, n);
+}
+#endif
+template <typename T>
+void dots_plain(const T* a, const T* b, int64_t n, int64_t m, int64_t D, T* out) {
+  dots_in<16, 6, 2>(a, b, n, m, D, out);
+}
+template <typename T>
+void add_plain(T* out, const T* in, T weight, int64_t n) {
+  add_in<16>(out, in, weight, n);
+}
+
+template <typename T>
+const Rows<T> rows = [] {
+#ifdef __x86_64__
+  if (__builtin_cpu_supports("avx512f")) return Rows<T>{dots_avx512<T>, add_avx512<T>};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Rows<T>{dots_avx2<T>, add_avx2<T>};
+#endif
+  return Rows<T>{dots_plain<T>, add_plain<T>};
+}();
+
+}  // namespace r2o
