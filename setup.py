@@ -4,6 +4,7 @@ C++ always; CUDA where a toolkit and a CUDA build of PyTorch of the same major v
     FORCE_CUDA=1   fail where CUDA cannot be built; FORCE_CUDA=0: C++ only
     CUDA_HOME      the toolkit's folder, where it is in no usual place
     TORCH_CUDA_ARCH_LIST   GPUs to build for (default: those of this machine, without one 8.0 and 9.0)
+    SANITIZE=1     C++ only, under AddressSanitizer and UndefinedBehaviorSanitizer (make sanitize)
 """
 
 import os
@@ -48,7 +49,8 @@ def cuda_problem(toolkit: Path | None) -> str:
 
 
 toolkit = find_toolkit()
-problem = "FORCE_CUDA=0" if os.environ.get("FORCE_CUDA") == "0" else cuda_problem(toolkit)
+sanitize = os.environ.get("SANITIZE") == "1"
+problem = "as asked" if sanitize or os.environ.get("FORCE_CUDA") == "0" else cuda_problem(toolkit)
 if problem and os.environ.get("FORCE_CUDA") == "1":
     sys.exit(f"setup.py: error: FORCE_CUDA=1, but {problem}")
 print("r2o_C: C++ only, " + problem if problem else f"r2o_C: C++ and CUDA, toolkit {toolkit}")
@@ -59,14 +61,20 @@ if not problem:
 
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402  (reads CUDA_HOME when imported)
 
+sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"] if sanitize else []
 sources = ["csrc/ops.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))]
 flags = {"cxx": ["-O3", "-ffp-contract=off"] + (["-fopenmp"] if sys.platform == "linux" else [])}
+flags["cxx"] += [*sanitizers, "-g"] if sanitize else []
 if not problem:
     sources += map(str, sorted(Path("csrc/cuda").glob("*.cu")))
     flags["cxx"].append("-DR2O_WITH_CUDA")
     flags["nvcc"] = ["-O3"]
 
 setup(
-    ext_modules=[(CppExtension if problem else CUDAExtension)("r2o_C", sources, extra_compile_args=flags)],
+    ext_modules=[
+        (CppExtension if problem else CUDAExtension)(
+            "r2o_C", sources, extra_compile_args=flags, extra_link_args=sanitizers
+        )
+    ],
     cmdclass={"build_ext": BuildExtension},
 )
