@@ -572,12 +572,9 @@ class LARS(torch.optim.Optimizer):
             if matrices:
                 w = [params[i] for i in matrices]
                 g = torch._foreach_add([updates[i] for i in matrices], w, alpha=group["weight_decay"])
-                w_norm, g_norm = torch._foreach_norm(w), torch._foreach_norm(g)
-                ratio = [
-                    torch.where((a > 0) & (b > 0), group["eta"] * a / b, 1.0)
-                    for a, b in zip(w_norm, g_norm, strict=True)
-                ]
-                torch._foreach_mul_(g, ratio)
+                w_norm, g_norm = torch.stack(torch._foreach_norm(w)), torch.stack(torch._foreach_norm(g))
+                ratio = torch.where((w_norm > 0) & (g_norm > 0), group["eta"] * w_norm / g_norm, 1.0)
+                torch._foreach_mul_(g, list(ratio))
                 for i, update in zip(matrices, g, strict=True):
                     updates[i] = update
             for p in params:

@@ -63,7 +63,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 
 sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"] if sanitize else []
 sources = ["csrc/ops.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))]
-flags = {"cxx": ["-O3", "-ffp-contract=off"] + (["-fopenmp"] if sys.platform == "linux" else [])}
+flags = {"cxx": ["-O3"] + (["-fopenmp"] if sys.platform == "linux" else [])}
 flags["cxx"] += [*sanitizers, "-g"] if sanitize else []
 if not problem:
     sources += map(str, sorted(Path("csrc/cuda").glob("*.cu")))

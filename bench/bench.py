@@ -40,7 +40,6 @@ import r2o
 GROUP, ITERS, LLOYD = 32, 20, 5  # images in a K-means; Lloyd iterations in training; those timed on their own
 CLUSTERS = (128, 64, 16, 4)
 EVALUATION = [(64, 196, 1024), (16, 784, 2048), (4, 3136, 2048)]  # problems, points, dimensions at K = 5
-RESULTS = Path(__file__).parent / "results"
 
 
 def installed(module: str) -> bool:
@@ -105,6 +104,7 @@ def once(f, device) -> float:
     """Milliseconds. On a GPU from event to event, behind a millisecond of idling in which the host can run ahead, as it
     does in training."""
     if device.type == "cpu":
+        time.sleep(0.03)  # until the threads of the contestant before, each with an OpenMP of its own, stop spinning
         start = time.perf_counter()
         f()
         return 1e3 * (time.perf_counter() - start)
@@ -580,9 +580,9 @@ def write(bench: Bench, args):
         "input": f"{'photographs' if args.images else 'smooth random images'}, SLIC, a random ResNet-50's features",
         **bench.rates,
     }
-    RESULTS.mkdir(exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", f"{about['machine']} {date}".lower()).strip("-")
-    (RESULTS / f"{name}.json").write_text(json.dumps({"about": about, "rows": bench.rows}, indent=1) + "\n")
+    (args.out / f"{name}.json").write_text(json.dumps({"about": about, "rows": bench.rows}, indent=1) + "\n")
     lines = ["# " + about["machine"] + ", " + date, ""]
     lines += [f"* {key}: {value if isinstance(value, str) else round(value)}" for key, value in about.items()]
     lines += ["", "All times in ms; calls: operators on a CPU, kernels on a GPU; waits: host synchronisations."]
@@ -591,8 +591,8 @@ def write(bench: Bench, args):
             lines += ["", f"## {row['what']}", "", f"Floor {row['floor ms']:.3f} ms, n = {row['n']}.", ""]
             lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
         lines.append("| " + cells(row) + " |")
-    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
-    print(f"\nwrote bench/results/{name}.md and .json")
+    (args.out / f"{name}.md").write_text("\n".join(lines) + "\n")
+    print(f"\nwrote {args.out / name}.md and .json")
 
 
 def main():
@@ -600,7 +600,8 @@ def main():
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--images", help="folder of photographs (default: smooth random images)")
     p.add_argument("--authors", type=Path, help="a checkout of github.com/KKallidromitis/r2o")
-    p.add_argument("--only", default="", help="of: pooling clustering evaluation masks train; default: all")
+    p.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
+    p.add_argument("--only", default="", help="some of: pooling clustering masks train evaluation (default: all)")
     p.add_argument("--batches", type=int, nargs="+", default=[32, 256], help="multiples of 32")
     p.add_argument("--seconds", type=float, default=5, help="that each comparison goes on for, if 3 turns are less")
     args = p.parse_args()
@@ -611,7 +612,10 @@ def main():
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         p.error("--device cuda, but PyTorch sees no GPU: pass --device cpu")
     device = torch.device(args.device)
-    only = args.only.split() or "pooling clustering evaluation masks train".split()
+    parts = "pooling clustering masks train evaluation".split()
+    only = args.only.split() or parts
+    if not set(only) <= set(parts):
+        p.error(f"--only {args.only!r}: pass some of {' '.join(parts)}")
     try:
         images = pictures(args.images, GROUP)
     except r2o.UsageError as e:
@@ -619,7 +623,7 @@ def main():
     bench = Bench(device, args.seconds)
     theirs = authors_code(args.authors, device) if args.authors else None
     print(f"{machine(device)}, ops: {r2o.extension(device)}, {bench.rates}\n{' | '.join(COLUMNS)}")
-    for B in args.batches:
+    for B in args.batches if set(only) - {"evaluation"} else []:
         data = make_input(images * (B // GROUP), device)
         if "pooling" in only:
             pooling(bench, data, theirs)

@@ -119,6 +119,15 @@ def test_forward_is_the_sum_of_both_directions_averaged_over_pairs():
     assert stats["pairs"] == P / 4 and 0 < stats["spread"] < 2 and 1 <= stats["masks"] <= 5
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_masks_drawn_on_a_stream_of_their_own_are_the_same():
+    losses = []
+    for overlap in (False, True, True):
+        r2o_model = model(overlap=overlap).cuda()
+        losses.append(r2o_model(*(x.cuda() for x in batch()), 5, rng())[0].item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_gradients_reach_every_online_parameter_and_no_target():
     r2o_model = model()
     r2o_model(*batch(), 5, rng())[0].backward()

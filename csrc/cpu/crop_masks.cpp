@@ -2,6 +2,7 @@
 //
 // No one-hot map: RoIAlign is separable, so each bin walks the rows that have a tap in y and adds the product of the two
 // taps to the entry of each pixel's own cluster. One task per image.
+// Floor: one read of the map, one write of the weights.
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>

@@ -4,6 +4,7 @@
 //   backward   df[b, :, n] = sum_{p: b_p = b} w[b, k_p, n] dh[p] / sum_n w[b, k_p, n]   one task per image, rows in order
 //
 // Channels are innermost in both; cells where the mask has no weight cost nothing.
+// Floor: one read of the features or rows, one write of the other.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>

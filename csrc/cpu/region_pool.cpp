@@ -2,6 +2,7 @@
 //
 // One task per image, channels innermost: each feature cell is read once per region that touches it and added to that
 // region's row, with the number of the cell's pixels it covers as weight. Sums run in cell order, whatever the threads.
+// Floor: one read of the features and of the map, one write of the embeddings.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>

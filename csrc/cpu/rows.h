@@ -1,6 +1,9 @@
-// What the CPU ops do with rows of channels: dot products and weighted sums, in the widest vectors that the processor at
-// hand has, chosen when the library is loaded. BLAS is slow where one side has few rows, and does not go inside a thread.
+// What the CPU ops do with rows of channels: dot products and weighted sums, in the widest vectors that PyTorch finds the
+// processor to have (or that ATEN_CPU_CAPABILITY names). BLAS is slow where one side has few rows, and does not go inside
+// a thread.
 #pragma once
+#include <ATen/Version.h>
+
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -68,7 +71,7 @@ __attribute__((always_inline)) inline void add_in(T* out, const T* in, T weight,
   for (; i < n; ++i) out[i] += weight * in[i];
 }
 
-// The same code for each kind of processor; tiles fill its 32 or 16 registers.
+// The same code for each kind of processor, with tiles that its 32 or 16 registers hold.
 template <typename T>
 struct Rows {
   // out[i, j] = a_i · b_j. a: (n, D), b: (m, D), out: (n, m), all contiguous.
@@ -107,8 +110,8 @@ void add_plain(T* out, const T* in, T weight, int64_t n) {
 template <typename T>
 const Rows<T> rows = [] {
 #ifdef __x86_64__
-  if (__builtin_cpu_supports("avx512f")) return Rows<T>{dots_avx512<T>, add_avx512<T>};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Rows<T>{dots_avx2<T>, add_avx2<T>};
+  if (at::get_cpu_capability() == "AVX512") return Rows<T>{dots_avx512<T>, add_avx512<T>};
+  if (at::get_cpu_capability() == "AVX2") return Rows<T>{dots_avx2<T>, add_avx2<T>};
 #endif
   return Rows<T>{dots_plain<T>, add_plain<T>};
 }();

@@ -126,10 +126,11 @@ __global__ void seed(const double* uniforms, Problem<T> p, T* squares, T* distan
       const unsigned some = __ballot_sync(kAllLanes, sum > 0), past = __ballot_sync(kAllLanes, sum > 0 && before + running > target);
       if (lane != (past ? __ffs(past) - 1 : kWarp - 1 - __clz(some))) continue;
       double passed = before + (running - sum);
-      for (int64_t i = begin; i < end && passed <= target; ++i)
+      for (int64_t i = begin; i < end; ++i)
         if (weight(i, k) > 0) {
           picks[t] = i;
           passed += weight(i, k);
+          if (passed > target) break;
         }
     }
     __syncthreads();

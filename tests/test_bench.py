@@ -1,0 +1,41 @@
+"""bench/bench.py: its contestants run and solve the same problem. What it measures is not tested: machines differ."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench/bench.py"
+
+
+def bench(*args):
+    return subprocess.run([sys.executable, str(BENCH), *map(str, args)], capture_output=True, text=True)
+
+
+def test_contestants_of_the_evaluation_shapes_find_the_same_clusters(tmp_path):
+    run = bench("--only", "evaluation", "--seconds", 0, "--out", tmp_path)
+    assert run.returncode == 0, run.stderr
+    (figures,), (table,) = tmp_path.glob("*.json"), tmp_path.glob("*.md")
+    rows = json.loads(figures.read_text())["rows"]
+    assert len({row["what"] for row in rows}) == 3
+    for row in rows:
+        assert row["median ms"] > 0 and row["n"] >= 3
+        assert row["inertia / ours"] == pytest.approx(1, abs=1e-3)
+        assert f"| {row['who']} |" in table.read_text()
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--batches", "40"], "--batches must be multiples of 32"),
+        (["--authors", "."], "holds no utils/mask_utils.py"),
+        (["--only", "pools"], "pass some of pooling"),
+        (["--images", "."], "images"),
+    ],
+)
+def test_bad_arguments_end_in_one_line_and_status_2(args, message, tmp_path):
+    args = [str(tmp_path) if a == "." else a for a in args]
+    run = bench(*args)
+    assert run.returncode == 2 and message in run.stderr.splitlines()[-1]
