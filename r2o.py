@@ -464,7 +464,8 @@ class R2O(nn.Module):
         B, R, K, G = len(images), self.num_regions, num_clusters, len(uniforms)
         p, area = region_pool(c4, regions, R)
         valid = (area > 0).view(G, -1)  # absent regions take no part; differs: the authors cluster them as zero vectors
-        mu, assign = _kmeans(F.normalize(p, dim=-1).view(G, -1, p.shape[2]), valid, uniforms, self.kmeans_iters)
+        p = F.normalize(p, dim=-1).view(G, -1, p.shape[2])  # (G, N, C)
+        mu, assign = _kmeans(p, valid, uniforms, self.kmeans_iters)
         if self.assign == "region":
             return assign.view(B, R).gather(1, regions.flatten(1).long()).view(regions.shape)
         with _full_precision(c4):

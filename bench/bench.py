@@ -101,13 +101,17 @@ def peak_memory(f, device) -> float | None:
 
 
 def once(f, device) -> float:
-    """Milliseconds. On a GPU from event to event, behind a millisecond of idling in which the host can run ahead, as it
-    does in training."""
+    """Milliseconds. On a CPU behind an untimed run, which wakes the cores and leaves the caches as they will be. On a
+    GPU from event to event, behind a millisecond of idling in which the host can run ahead, as it does in training."""
     if device.type == "cpu":
-        time.sleep(0.03)  # until the threads of the contestant before, each with an OpenMP of its own, stop spinning
-        start = time.perf_counter()
-        f()
-        return 1e3 * (time.perf_counter() - start)
+        time.sleep(0.15)  # until the threads of the contestant before stop spinning
+        for _ in range(2):
+            start = time.perf_counter()
+            f()
+            ms = 1e3 * (time.perf_counter() - start)
+            if ms > 1000:  # long enough to be its own
+                break
+        return ms
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(2_000_000)
     start.record()
@@ -137,8 +141,8 @@ class Bench:
         self.floor_rates = self.rates["copy GB/s"] * 1e6, self.rates["GEMM float32 GFLOP/s"] * 1e6  # per millisecond
 
     def race(self, what: str, contestants: dict, bytes_moved: float = 0, flop: float = 0, inertia=None, less=None):
-        """Times contestants[name](), the first being ours, in turns. less: {name: f}, whose time is taken off, to time
-        a part that has no function of its own. inertia: output -> what K-means minimises."""
+        """Times contestants[name](), the first being ours, in turns. less: {name: f}, whose median time is taken off,
+        for a part that has no function of its own. inertia: output -> what K-means minimises."""
         floor = max(bytes_moved / self.floor_rates[0], flop / self.floor_rates[1])
         taken = {name: [] for name in contestants}
         quality, costs = {}, {}
@@ -151,11 +155,15 @@ class Bench:
                 calls = waits = None
             costs[name] = (calls, waits, peak_memory(f, self.device))
         began, turns = time.perf_counter(), 0
+        off = {name: [] for name in less or ()}
         while turns < 3 or (turns < 50 and time.perf_counter() - began < self.seconds):
             for name, f in contestants.items():
-                ms = once(f, self.device)
-                taken[name].append(ms - (once(less[name], self.device) if less and name in less else 0))
+                taken[name].append(once(f, self.device))
+                if name in off:
+                    off[name].append(once(less[name], self.device))
             turns += 1
+        for name, ms in off.items():
+            taken[name] = [t - statistics.median(ms) for t in taken[name]]
         ours = next(iter(contestants))
         print(f"\n{what}  (floor {floor:.3f} ms, n = {turns})", flush=True)
         for name, ms in taken.items():
@@ -163,7 +171,7 @@ class Bench:
             row = {"what": what, "who": name, "n": turns, "median ms": statistics.median(ms)}
             row |= {"p10 ms": max(deciles[0], min(ms)), "p90 ms": min(deciles[-1], max(ms)), "floor ms": floor}
             row["times floor"] = row["median ms"] / floor if floor else None
-            row["ours is faster by"] = statistics.median(a / b for a, b in zip(ms, taken[ours], strict=True))
+            row["ours is faster by"] = row["median ms"] / statistics.median(taken[ours])
             row["calls"], row["waits"], row["extra MB"] = costs[name]
             row["inertia / ours"] = quality[name] / quality[ours] if inertia else None
             self.rows.append(row)
@@ -603,7 +611,7 @@ def main():
     p.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
     p.add_argument("--only", default="", help="some of: pooling clustering masks train evaluation (default: all)")
     p.add_argument("--batches", type=int, nargs="+", default=[32, 256], help="multiples of 32")
-    p.add_argument("--seconds", type=float, default=5, help="that each comparison goes on for, if 3 turns are less")
+    p.add_argument("--seconds", type=float, default=10, help="that each comparison goes on for, if 3 turns are less")
     args = p.parse_args()
     if args.authors and not (args.authors / "utils/mask_utils.py").exists():
         p.error(f"--authors {args.authors} holds no utils/mask_utils.py: pass a checkout of KKallidromitis/r2o")

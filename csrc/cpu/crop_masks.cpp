@@ -1,7 +1,7 @@
 // crop_masks on the CPU. Equivalent to: crop_masks_ref in r2o.py, flip(roi_align(one_hot(m), boxes * w, size)).
 //
-// No one-hot map: RoIAlign is separable, so each bin walks the rows that have a tap in y and adds the product of the two
-// taps to the entry of each pixel's own cluster. One task per image.
+// No one-hot map: RoIAlign is separable, so each bin walks the window in which both taps are non-zero and adds their
+// product to the entry of each pixel's own cluster. One task per image.
 // Floor: one read of the map, one write of the weights.
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
@@ -24,21 +24,28 @@ Tensor crop_masks_cpu(const Tensor& masks, const Tensor& boxes, const Tensor& fl
   Tensor weights = at::zeros({B, K, S, S}, boxes.options());
   auto* out = weights.mutable_data_ptr<float>();
   at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> taps_y(h), taps_x(w);
+    std::vector<float> taps_y(S * h), taps_x(S * w);  // of each bin
+    std::vector<int64_t> left(S), right(S);           // the columns in which a bin has any
     for (int64_t b = begin; b < end; ++b) {
       const auto* xyxy = box.const_data_ptr<float>() + b * 4;
       const bool mirrored = flip.const_data_ptr<bool>()[b];
+      std::fill(taps_y.begin(), taps_y.end(), 0.0f);
+      std::fill(taps_x.begin(), taps_x.end(), 0.0f);
       for (int64_t i = 0; i < S; ++i) {
-        std::fill(taps_y.begin(), taps_y.end(), 0.0f);
-        roi_taps(xyxy[1], xyxy[3], S, i, h, taps_y.data());
-        for (int64_t j = 0; j < S; ++j) {
-          std::fill(taps_x.begin(), taps_x.end(), 0.0f);
-          roi_taps(xyxy[0], xyxy[2], S, mirrored ? S - 1 - j : j, w, taps_x.data());
-          for (int64_t y = 0; y < h; ++y)
-            if (taps_y[y] != 0.0f)
-              for (int64_t x = 0; x < w; ++x) out[((b * K + id[(b * h + y) * w + x]) * S + i) * S + j] += taps_y[y] * taps_x[x];
-        }
+        auto* tx = &taps_x[i * w];
+        roi_taps(xyxy[1], xyxy[3], S, i, h, &taps_y[i * h]);
+        roi_taps(xyxy[0], xyxy[2], S, mirrored ? S - 1 - i : i, w, tx);
+        for (left[i] = 0; left[i] < w && tx[left[i]] == 0.0f;) ++left[i];
+        for (right[i] = w; right[i] > left[i] && tx[right[i] - 1] == 0.0f;) --right[i];
       }
+      for (int64_t i = 0; i < S; ++i)
+        for (int64_t y = 0; y < h; ++y) {
+          const float ty = taps_y[i * h + y];
+          if (ty == 0.0f) continue;
+          const auto* row = id + (b * h + y) * w;
+          for (int64_t j = 0; j < S; ++j)
+            for (int64_t x = left[j]; x < right[j]; ++x) out[((b * K + row[x]) * S + i) * S + j] += ty * taps_x[j * w + x];
+        }
     }
   });
   return weights;

@@ -3,8 +3,8 @@
 // Many problems: one thread each. One problem: blocks of points (dot products) or columns (sums) go to the threads; no
 // result depends on how. Only the valid points are kept, side by side, about their mean.
 //   Seeding, per round: the scores of T candidates, (n, D) x (D, T), in one pass over the points.
-//   Lloyd, per iteration: the scores of the centres that moved, (n, D) x (D, <= K), and the means of the clusters that
-//   gained or lost a point; everything else is as it was, to the bit. The seeds' scores are known from seeding.
+//   Lloyd, per iteration: the scores of the centres that moved, (n, D) x (D, <= K), and the points that changed cluster,
+//   taken from one sum, in float64, and added to another. The seeds' scores are known from seeding.
 // Floor: K T + K iterations n D multiply-adds at large K, K + 2 iterations reads of the points at small.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -35,20 +35,23 @@ void for_blocks(int64_t n, int64_t work, const F& f) {
 // Calls f(first, last) for stretches of D columns; `rows` rows are touched in each.
 template <typename F>
 void for_columns(int64_t D, int64_t rows, const F& f) {
-  at::parallel_for(0, D, std::max<int64_t>(64, (1 << 15) / rows), f);
+  at::parallel_for(0, D, std::max<int64_t>(64, (1 << 15) / (rows + 1)), f);
 }
 
 // One problem: n points and what is known about them. A score is x·mu - |mu|²/2, largest for the nearest centre.
 template <typename T>
 struct Problem {
   int64_t n, D, K;
-  Tensor x, centers;            // (n, D), (K, D)
-  std::vector<T> mean, sq;      // (D), (n): |x|²
-  std::vector<T> score;         // (n, K)
-  std::vector<int64_t> label;   // (n)
+  Tensor x, centers;                   // (n, D), (K, D)
+  std::vector<T> mean, sq;             // (D), (n): |x|²
+  std::vector<T> score;                // (n, K)
+  std::vector<int64_t> label, before;  // (n): cluster now and in the iteration before, -1 at first
+  std::vector<double> sum;             // (K, D): of each cluster's points
+  std::vector<int64_t> size;           // (K)
 
   Problem(const T* points, const std::vector<int64_t>& kept, int64_t D, int64_t K, const at::TensorOptions& options)
-      : n(kept.size()), D(D), K(K), x(at::empty({n, D}, options)), centers(at::empty({K, D}, options)), mean(D, 0), sq(n), score(n * K), label(n, -1) {
+      : n(kept.size()), D(D), K(K), x(at::empty({n, D}, options)), centers(at::empty({K, D}, options)), mean(D, 0), sq(n), score(n * K),
+        label(n, -1), before(n), sum(K * D, 0), size(K, 0) {
     auto* out = x.template mutable_data_ptr<T>();
     for_columns(D, n, [&](int64_t begin, int64_t end) {
       for (const int64_t i : kept)
@@ -106,9 +109,9 @@ struct Problem {
     }
   }
 
-  // Gives each point to its nearest centre, the lowest id among equals, and returns the clusters that gained or lost any.
-  // `moved`: the centres whose scores are out of date.
-  std::vector<char> assign(const std::vector<int64_t>& moved) {
+  // Gives each point to its nearest centre, the lowest id among equals; returns whether any changed cluster. `moved`: the
+  // centres whose scores are out of date.
+  bool assign(const std::vector<int64_t>& moved) {
     const int64_t m = moved.size();
     const Tensor copies = at::empty({m, D}, x.options());
     auto* row = copies.template mutable_data_ptr<T>();
@@ -117,7 +120,6 @@ struct Problem {
       std::copy_n(centers.template const_data_ptr<T>() + moved[j] * D, D, row + j * D);
       rows<T>.dots(row + j * D, row + j * D, 1, 1, D, &half[j]);
     }
-    std::vector<int64_t> before(n);
     before.swap(label);
     for_blocks(n, m * D + K, [&](int64_t begin, int64_t end) {
       std::vector<T> fresh((end - begin) * m);
@@ -128,29 +130,35 @@ struct Problem {
         label[i] = std::max_element(s, s + K) - s;
       }
     });
-    std::vector<char> changed(K, false);
-    for (int64_t i = 0; i < n; ++i)
-      if (label[i] != before[i]) {
-        changed[label[i]] = true;
-        if (before[i] >= 0) changed[before[i]] = true;
-      }
-    return changed;
+    return label != before;
   }
 
-  // Moves the centres of changed clusters to the means of their points, and returns them. An emptied one stays.
-  std::vector<int64_t> update(const std::vector<char>& changed) {
+  // Moves the centres of the clusters that gained or lost points to their means, and returns them. An emptied one stays.
+  std::vector<int64_t> update() {
+    std::vector<int64_t> changed, moved;  // points, clusters
+    std::vector<char> touched(K, false);
+    for (int64_t i = 0; i < n; ++i)
+      if (label[i] != before[i]) {
+        changed.push_back(i);
+        touched[label[i]] = true;
+        ++size[label[i]];
+        if (before[i] >= 0) {
+          touched[before[i]] = true;
+          --size[before[i]];
+        }
+      }
+    for (int64_t k = 0; k < K; ++k)
+      if (touched[k] && size[k]) moved.push_back(k);
     const auto* point = x.template const_data_ptr<T>();
     auto* center = centers.template mutable_data_ptr<T>();
-    std::vector<int64_t> size(K, 0), moved;
-    for (const int64_t k : label) ++size[k];
-    for (int64_t k = 0; k < K; ++k)
-      if (changed[k] && size[k]) moved.push_back(k);
-    for_columns(D, n, [&](int64_t begin, int64_t end) {
-      for (const int64_t k : moved) std::fill(center + k * D + begin, center + k * D + end, T(0));
-      for (int64_t i = 0; i < n; ++i)
-        if (changed[label[i]]) rows<T>.add(center + label[i] * D + begin, point + i * D + begin, 1, end - begin);
+    for_columns(D, changed.size(), [&](int64_t begin, int64_t end) {
+      for (const int64_t i : changed) {
+        for (int64_t d = begin; d < end; ++d) sum[label[i] * D + d] += point[i * D + d];
+        if (before[i] >= 0)
+          for (int64_t d = begin; d < end; ++d) sum[before[i] * D + d] -= point[i * D + d];
+      }
       for (const int64_t k : moved)
-        for (int64_t d = begin; d < end; ++d) center[k * D + d] /= size[k];
+        for (int64_t d = begin; d < end; ++d) center[k * D + d] = sum[k * D + d] / size[k];
     });
     return moved;
   }
@@ -176,9 +184,8 @@ std::tuple<Tensor, Tensor> kmeans_cpu(const Tensor& points, const Tensor& valid,
         if (n == 0) continue;
         Problem<scalar_t> problem(all.const_data_ptr<scalar_t>() + g * N * D, kept, D, std::min(K, n), points.options());
         problem.seed(u.const_data_ptr<double>() + g * K * trials, trials);
-        auto changed = problem.assign({});
-        for (int64_t i = 0; i < max_iters && std::count(changed.begin(), changed.end(), true); ++i)
-          changed = problem.assign(problem.update(changed));
+        bool changed = problem.assign({});
+        for (int64_t i = 0; i < max_iters && changed; ++i) changed = problem.assign(problem.update());
         auto* center = centers.mutable_data_ptr<scalar_t>() + g * K * D;
         for (int64_t k = 0; k < K; ++k)  // spare clusters repeat centre 0
           for (int64_t d = 0; d < D; ++d) center[k * D + d] = problem.centers.const_data_ptr<scalar_t>()[(k < n ? k : 0) * D + d] + problem.mean[d];

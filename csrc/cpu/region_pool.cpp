@@ -5,9 +5,11 @@
 // Floor: one read of the features and of the map, one write of the embeddings.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "../common.h"
@@ -24,7 +26,7 @@ std::tuple<Tensor, Tensor> region_pool_cpu(const Tensor& features, const Tensor&
   const auto* id = ids.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < ids.numel(); ++i) TORCH_CHECK(id[i] >= 0 && id[i] < R, "region ids must lie in [0, ", R, "), got ", id[i]);
 
-  Tensor p = at::zeros({B, R, C}, x.options()), area = at::zeros({B, R}, x.options());
+  Tensor p = at::empty({B, R, C}, x.options()), area = at::zeros({B, R}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "region_pool", [&] {
     const auto* x_data = x.const_data_ptr<scalar_t>();
     auto *p_data = p.mutable_data_ptr<scalar_t>(), *area_data = area.mutable_data_ptr<scalar_t>();
@@ -32,6 +34,7 @@ std::tuple<Tensor, Tensor> region_pool_cpu(const Tensor& features, const Tensor&
       std::vector<int64_t> pixels(R, 0);  // of the cell at hand, per region
       for (int64_t b = begin; b < end; ++b) {
         auto *sums = p_data + b * R * C, *areas = area_data + b * R;
+        std::fill_n(sums, R * C, scalar_t(0));
         for (int64_t cell = 0; cell < H * W; ++cell) {
           const auto* corner = id + (b * h + cell / W * sy) * w + cell % W * sx;
           for (int64_t i = 0; i < sy * sx; ++i) ++pixels[corner[i / sx * w + i % sx]];

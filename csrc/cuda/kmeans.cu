@@ -89,7 +89,7 @@ __global__ void centre(const T* points, Problem<T> p) {
 // Greedy k-means++. A point weighs its distance from the seeds so far, 1 before the first, 0 where not valid. squares and
 // distances: (G, N), room for |x|² and the distances.
 template <typename T>
-__global__ void seed(const double* uniforms, Problem<T> p, T* squares, T* distances, int trials) {
+__global__ void __launch_bounds__(kSeedThreads) seed(const double* uniforms, Problem<T> p, T* squares, T* distances, int trials) {
   __shared__ double part[kWarp];  // the weight of each warp's points
   __shared__ int picks[kMaxTrials];
   const int64_t g = blockIdx.x, n = p.N;
