@@ -16,6 +16,7 @@ with it. `extension()` tells which of them runs. Pooling and K-means compute in 
 input), also for half-precision input and inside autocast.
 """
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -26,6 +27,7 @@ import math
 import os
 import pickle
 import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +251,7 @@ def kmeans(
     for input that does not fit.
     """
     _expect("points", points, "float", None, None, None)
+    _check(points.shape[2] >= 1, "points must have at least one dimension")
     _check(num_clusters >= 1, f"num_clusters must be at least 1, got {num_clusters}")
     _check(max_iters >= 0, f"max_iters must not be negative, got {max_iters}")
     finite = points.isfinite().all(-1)
@@ -261,6 +264,8 @@ def kmeans(
 def _kmeans(points: Tensor, valid: Tensor, uniforms: Tensor, max_iters: int) -> tuple[Tensor, Tensor]:
     """kmeans() after its checks. The CUDA op keeps N² dot products; where they are too many, the reference runs."""
     many = points.is_cuda and r2o_C is not None and points.shape[1] > r2o_C.max_points_cuda
+    if many:
+        warnings.warn(f"{points.shape[1]} points are too many for the CUDA kmeans: plain PyTorch runs", stacklevel=2)
     with _full_precision(points):
         return (kmeans_ref if many else _op("kmeans", points))(_full(points), valid, uniforms, max_iters)
 
@@ -463,10 +468,13 @@ class R2O(nn.Module):
         c4 = encode_c4(encoder, images)
         B, R, K, G = len(images), self.num_regions, num_clusters, len(uniforms)
         p, area = region_pool(c4, regions, R)
-        valid = (area > 0).view(G, -1)  # absent regions take no part; differs: the authors cluster them as zero vectors
-        p = F.normalize(p, dim=-1).view(G, -1, p.shape[2])  # (G, N, C)
+        length = p.norm(dim=-1, keepdim=True)  # (B, R, 1)
+        # Absent regions take no part; differs: the authors cluster them as zero vectors. Nor does what is not finite.
+        valid = ((area > 0) & length[..., 0].isfinite()).view(G, -1)
+        p = (p / length.clamp(min=1e-12)).view(G, -1, p.shape[2])  # (G, N, C)
         mu, assign = _kmeans(p, valid, uniforms, self.kmeans_iters)
         if self.assign == "region":
+            assign = assign.clamp(min=0)  # regions in the map that are not finite
             return assign.view(B, R).gather(1, regions.flatten(1).long()).view(regions.shape)
         with _full_precision(c4):
             x = _full(c4).permute(0, 2, 3, 1).reshape(G, -1, c4.shape[1])  # (G, N, C); normalised after the product
@@ -501,19 +509,21 @@ class R2O(nn.Module):
         uniforms = seeding_uniforms(G * world, K, generator)[rank * G : (rank + 1) * G]
         uniforms = uniforms.to(images.device, non_blocking=True)
 
-        # (1) Draw the masks, and see them as each view does; on a GPU beside the online network's forward pass.
-        main = torch.cuda.current_stream(images.device) if images.is_cuda else None
-        side = _side_stream(images.device) if images.is_cuda and self.overlap else main
-        if side != main:
+        # (1) Draw the masks, and see them as each view does; on a GPU on a stream of their own, beside the online
+        # network (synchronised batch norm makes the host wait in each layer: then K-means is what goes on beside it).
+        side, beside = None, contextlib.nullcontext()
+        if images.is_cuda and self.overlap:
+            main, side = torch.cuda.current_stream(images.device), _side_stream(images.device)
             side.wait_stream(main)
-        with torch.cuda.stream(side):
+            beside = torch.cuda.stream(side)
+        with beside:
             m = self.predict_masks(self.target["encoder"], images, regions, K, uniforms)  # (B, H, W)
         c5 = encode(self.online["encoder"], views)  # (2B, C, H, W)
-        with torch.cuda.stream(side):
+        with beside:
             m1, m2 = (crop_masks(m, boxes[:, v], flips[:, v], K, c5.shape[-1]) for v in (0, 1))  # (B, K, H, W)
             in_both = (m1.sum((2, 3)) > 1e-3) & (m2.sum((2, 3)) > 1e-3)
             pairs = in_both.nonzero()  # (P, 2); the host waits for the masks here, to learn P
-        if side != main:
+        if side:
             main.wait_stream(side)
             for x in (m, m1, m2, pairs):
                 x.record_stream(main)

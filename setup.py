@@ -50,7 +50,8 @@ def cuda_problem(toolkit: Path | None) -> str:
 
 toolkit = find_toolkit()
 sanitize = os.environ.get("SANITIZE") == "1"
-problem = "as asked" if sanitize or os.environ.get("FORCE_CUDA") == "0" else cuda_problem(toolkit)
+asked = "SANITIZE=1" if sanitize else "FORCE_CUDA=0" if os.environ.get("FORCE_CUDA") == "0" else ""
+problem = asked or cuda_problem(toolkit)
 if problem and os.environ.get("FORCE_CUDA") == "1":
     sys.exit(f"setup.py: error: FORCE_CUDA=1, but {problem}")
 print("r2o_C: C++ only, " + problem if problem else f"r2o_C: C++ and CUDA, toolkit {toolkit}")

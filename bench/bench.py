@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import datetime
 import gc
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -39,6 +40,8 @@ import r2o
 
 GROUP, ITERS, LLOYD = 32, 20, 5  # images in a K-means; Lloyd iterations in training; those timed on their own
 CLUSTERS = (128, 64, 16, 4)
+PEERS = {"scikit-learn": "sklearn", "faiss-cpu": "faiss", "fast-pytorch-kmeans": "fast_pytorch_kmeans"}
+PEERS["flash-kmeans"] = "flash_kmeans"
 EVALUATION = [(64, 196, 1024), (16, 784, 2048), (4, 3136, 2048)]  # problems, points, dimensions at K = 5
 
 
@@ -136,14 +139,13 @@ def rates(device) -> dict[str, float]:
 
 class Bench:
     def __init__(self, device: torch.device, seconds: float):
-        self.device, self.seconds, self.rows = device, seconds, []
-        self.rates = rates(device)
-        self.floor_rates = self.rates["copy GB/s"] * 1e6, self.rates["GEMM float32 GFLOP/s"] * 1e6  # per millisecond
+        self.device, self.seconds, self.rows, self.rates = device, seconds, [], rates(device)
 
-    def race(self, what: str, contestants: dict, bytes_moved: float = 0, flop: float = 0, inertia=None, less=None):
+    def race(self, what, contestants: dict, bytes_moved=0.0, flop=0.0, inertia=None, less=None, amp=False):
         """Times contestants[name](), the first being ours, in turns. less: {name: f}, whose median time is taken off,
         for a part that has no function of its own. inertia: output -> what K-means minimises."""
-        floor = max(bytes_moved / self.floor_rates[0], flop / self.floor_rates[1])
+        gemm = "GEMM bfloat16 GFLOP/s" if amp and self.device.type == "cuda" else "GEMM float32 GFLOP/s"
+        floor = max(bytes_moved / self.rates["copy GB/s"], flop / self.rates[gemm]) / 1e6
         taken = {name: [] for name in contestants}
         quality, costs = {}, {}
         for name, f in contestants.items():  # warms up, and measures what need be measured only once
@@ -297,7 +299,7 @@ def authors_code(folder: Path, device):
 
     def step(data, K):
         p = pool(data.c4, data.pixels)
-        ids = KMeans(K).fit_transform(F.normalize(p.reshape(-1, p.shape[2]), dim=-1)).view(data.B, -1)
+        ids = KMeans(K, max_iter=ITERS).fit_transform(F.normalize(p.reshape(-1, p.shape[2]), dim=-1)).view(data.B, -1)
         one_hot = masks.to_binary_mask(data.pixels, -1, (56, 56))
         m = torch.einsum("bchw,bc->bchw", one_hot, ids).sum(1).long()
         one_hot = masks.to_binary_mask(m, K)
@@ -445,23 +447,31 @@ def clustering(bench: Bench, data, theirs):
 
 
 def lloyd(bench: Bench, where: str, x, valid, separate, K: int, u, theirs):
+    """Iterations only: for everybody one iteration more than asked for, less the time of one, so that what is done once
+    (checks, copies, norms, seeding) is not counted."""
     seeds = [c.contiguous() for c in r2o._kmeans(x, valid, u, 0)[0]]
     n, D = sum(map(len, separate)), x.shape[2]
+    iters = LLOYD
+    while iters > 1 and torch.equal(r2o._kmeans(x, valid, u, iters)[1], r2o._kmeans(x, valid, u, iters + 1)[1]):
+        iters -= 1  # ours would stop
+
+    def contestant(f):
+        return lambda: f(iters + 1), lambda: f(1)
 
     def ours(iters):
         return r2o._kmeans(x, valid, u, iters)
 
-    contestants, less = {"r2o": lambda: ours(LLOYD)}, {"r2o": lambda: ours(0)}  # both end with an assignment
-    contestants["plain PyTorch"], less["plain PyTorch"] = in_plain(contestants["r2o"]), in_plain(less["r2o"])
-    peers = lloyd_peers(bench.device)
-    if theirs:
-        peers["authors"] = theirs.lloyd
+    def plainly(iters):
+        with plain():
+            return ours(iters)
+
+    pairs = {"r2o": contestant(ours), "plain PyTorch": contestant(plainly)}
+    peers = lloyd_peers(bench.device) | ({"authors": theirs.lloyd} if theirs else {})
     for name, f in peers.items():
-        contestants[name] = lambda f=f: [f(a, c, LLOYD) for a, c in zip(separate, seeds, strict=True)]
-    stopped = [i for i in range(1, LLOYD + 1) if torch.equal(ours(i)[1], ours(i - 1)[1])]
-    what = f"Lloyd, {where}, D = {D}, K = {K}, {stopped[0] if stopped else LLOYD} iterations"
-    moved, flop = 4 * n * D * LLOYD, 2 * n * D * K * LLOYD
-    bench.race(what, contestants, moved, flop, total_distance(x, valid), less)
+        pairs[name] = contestant(lambda i, f=f: [f(a, c, i) for a, c in zip(separate, seeds, strict=True)])
+    what = f"Lloyd, {where}, D = {D}, K = {K}, {iters} iterations after the first"
+    contestants, less = ({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))
+    bench.race(what, contestants, 4 * n * D * iters, 2 * n * D * K * iters, total_distance(x, valid), less)
 
 
 def evaluation(bench: Bench):
@@ -563,7 +573,7 @@ def train_step(bench: Bench, data, K: int):
         contestants["masks predicted, one stream"] = step(predict, False)
     contestants["C4 forward, masks given"] = step(only_c4, False)
     contestants["masks given"] = step(lambda *_: given, False)
-    bench.race(f"train step, ResNet-50, B = {data.B}, K = {K}", contestants, flop=71.5e9 * data.B)
+    bench.race(f"train step, ResNet-50, B = {data.B}, K = {K}", contestants, flop=71.5e9 * data.B, amp=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -580,12 +590,14 @@ def machine(device) -> str:
 
 def write(bench: Bench, args):
     date = datetime.date.today().isoformat()
+    peers = [d for d in ("scikit-learn", "faiss-cpu", "fast-pytorch-kmeans", "flash-kmeans") if installed(PEERS[d])]
     about = {
         "machine": machine(bench.device),
         "date": date,
         "torch": torch.__version__,
         "ops": r2o.extension(bench.device),
         "input": f"{'photographs' if args.images else 'smooth random images'}, SLIC, a random ResNet-50's features",
+        "peers": ", ".join(f"{p} {importlib.metadata.version(p)}" for p in peers) or "none",
         **bench.rates,
     }
     args.out.mkdir(parents=True, exist_ok=True)
@@ -593,7 +605,8 @@ def write(bench: Bench, args):
     (args.out / f"{name}.json").write_text(json.dumps({"about": about, "rows": bench.rows}, indent=1) + "\n")
     lines = ["# " + about["machine"] + ", " + date, ""]
     lines += [f"* {key}: {value if isinstance(value, str) else round(value)}" for key, value in about.items()]
-    lines += ["", "All times in ms; calls: operators on a CPU, kernels on a GPU; waits: host synchronisations."]
+    lines += ["", "All times in ms, ours first. calls: operators that PyTorch sees on a CPU, kernels on a GPU; waits:"]
+    lines += ["results that the host reads, waiting for a GPU if it is one (on a CPU r2o checks its input so, too)."]
     for row in bench.rows:
         if f"## {row['what']}" not in lines:
             lines += ["", f"## {row['what']}", "", f"Floor {row['floor ms']:.3f} ms, n = {row['n']}.", ""]

@@ -46,6 +46,7 @@ inline void check_region_pool(const Tensor& features, const Tensor& regions, int
 inline void check_kmeans(const Tensor& points, const Tensor& valid, const Tensor& uniforms, int64_t max_iters) {
   TORCH_CHECK(points.dim() == 3 && (points.scalar_type() == at::kFloat || points.scalar_type() == at::kDouble),
               "points must be float32 or float64 (G, N, D), got ", points.scalar_type(), " ", points.sizes());
+  TORCH_CHECK(points.size(2) > 0, "points must have at least one dimension, got ", points.sizes());
   TORCH_CHECK(valid.sizes() == points.sizes().slice(0, 2) && valid.scalar_type() == at::kBool,
               "valid must be bool (G, N), got ", valid.scalar_type(), " ", valid.sizes());
   TORCH_CHECK(uniforms.dim() == 3 && uniforms.size(0) == points.size(0) && uniforms.size(1) > 0 && uniforms.size(2) > 0 &&

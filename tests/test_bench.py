@@ -21,7 +21,7 @@ def test_contestants_of_the_evaluation_shapes_find_the_same_clusters(tmp_path):
     rows = json.loads(figures.read_text())["rows"]
     assert len({row["what"] for row in rows}) == 3
     for row in rows:
-        assert row["median ms"] > 0 and row["n"] >= 3
+        assert row["n"] >= 3 and row["floor ms"] > 0
         assert row["inertia / ours"] == pytest.approx(1, abs=1e-3)
         assert f"| {row['who']} |" in table.read_text()
 
@@ -32,7 +32,7 @@ def test_contestants_of_the_evaluation_shapes_find_the_same_clusters(tmp_path):
         (["--batches", "40"], "--batches must be multiples of 32"),
         (["--authors", "."], "holds no utils/mask_utils.py"),
         (["--only", "pools"], "pass some of pooling"),
-        (["--images", "."], "images"),
+        (["--images", "."], "no images in"),
     ],
 )
 def test_bad_arguments_end_in_one_line_and_status_2(args, message, tmp_path):

@@ -61,22 +61,25 @@ def test_the_target_s_momentum_rises_to_one():
 
 
 def test_lars_by_hand():
-    """Three steps of arXiv 1708.03888 on a matrix, plain momentum SGD without decay on a vector."""
+    """Three steps of arXiv 1708.03888 on matrices of different scale, plain momentum SGD without decay on a vector."""
     torch.manual_seed(0)
-    w, b = torch.randn(4, 3).requires_grad_(), torch.randn(4).requires_grad_()
-    grads = [(torch.randn(4, 3), torch.randn(4)) for _ in range(3)]
-    optimizer = r2o.LARS([w, b], lr=0.5, momentum=0.9, weight_decay=0.1, eta=0.01)
-    w_ref, b_ref, w_v, b_v = w.detach().clone(), b.detach().clone(), torch.zeros(4, 3), torch.zeros(4)
-    for gw, gb in grads:
-        w.grad, b.grad = gw.clone(), gb.clone()
+    params = [torch.randn(4, 3), torch.randn(4), 7 * torch.randn(2, 5)]
+    grads = [[torch.randn_like(p) for p in params] for _ in range(3)]
+    want, velocity = [p.clone() for p in params], [torch.zeros_like(p) for p in params]
+    params = [p.requires_grad_() for p in params]
+    optimizer = r2o.LARS(params, lr=0.5, momentum=0.9, weight_decay=0.1, eta=0.01)
+    for step in grads:
+        for p, g in zip(params, step, strict=True):
+            p.grad = g.clone()
         optimizer.step()
-        decayed = gw + 0.1 * w_ref
-        w_v = 0.9 * w_v + 0.01 * w_ref.norm() / decayed.norm() * decayed
-        b_v = 0.9 * b_v + gb
-        w_ref, b_ref = w_ref - 0.5 * w_v, b_ref - 0.5 * b_v
-        assert torch.equal(w.grad, gw)  # gradients stay as they were
-    torch.testing.assert_close(w.detach(), w_ref)
-    torch.testing.assert_close(b.detach(), b_ref)
+        for i, g in enumerate(step):
+            assert torch.equal(params[i].grad, g)  # gradients stay as they were
+            if g.ndim > 1:
+                g = g + 0.1 * want[i]
+                g = 0.01 * want[i].norm() / g.norm() * g
+            velocity[i] = 0.9 * velocity[i] + g
+            want[i] = want[i] - 0.5 * velocity[i]
+    torch.testing.assert_close([p.detach() for p in params], want)
 
 
 def test_lars_survives_zero_weights_zero_gradients_and_none():

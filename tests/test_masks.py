@@ -1,5 +1,8 @@
 """Masks, Sec. 3.1: the prior, region embeddings, predicted masks, and masks as the views see them."""
 
+import math
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -142,6 +145,38 @@ def test_region_masks_are_unions_of_regions():
     for b in range(2):
         for r in range(16):
             assert m[b][regions[b] == r].unique().numel() == 1
+
+
+def through(r2o_model, c4, regions, k):
+    """predict_masks of these features themselves."""
+    layers = dict.fromkeys("conv1 bn1 relu maxpool layer1 layer2 layer3".split(), torch.nn.Identity())
+    encoder = types.SimpleNamespace(**layers)
+    return r2o_model.predict_masks(encoder, c4, regions, k, r2o.seeding_uniforms(1, k, rng()))
+
+
+def test_autocast_does_not_change_the_masks():
+    c4, regions = torch.rand(2, 8, 8, 8, generator=rng()) + 3, r2o.grid_regions(4, 16).expand(2, -1, -1)
+    want = through(model(), c4, regions, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(through(model(), c4, regions, 6), want)
+
+
+def test_as_many_iterations_are_run_as_asked_for():
+    c4, regions = torch.rand(2, 8, 8, 8, generator=rng()), r2o.grid_regions(4, 16).expand(2, -1, -1)
+    masks = [through(model(kmeans_iters=i), c4, regions, 4) for i in (0, 1, 20)]
+    assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+
+
+@pytest.mark.parametrize("assign", ["pixel", "region"])
+@pytest.mark.parametrize("value", [math.inf, math.nan, 0.0])
+def test_a_cell_that_is_not_finite_or_is_zero_spoils_no_other(assign, value):
+    """One such feature cell would otherwise make every centre of its group NaN."""
+    c4, regions = torch.rand(4, 8, 8, 8, generator=rng()), r2o.grid_regions(4, 16).expand(4, -1, -1)
+    want = through(model(assign=assign), torch.cat([c4[:3], c4[2:3]]), regions, 4)
+    c4[3, :, 0, 0] = value
+    m = through(model(assign=assign), c4, regions, 4)
+    assert 0 <= m.min() and m.max() < 4 and all(len(x.unique()) > 1 for x in m)
+    assert len(want.unique()) == len(m.unique()) == 4
 
 
 @pytest.mark.parametrize("assign", ["pixel", "region"])

@@ -1,11 +1,12 @@
 // kmeans on the CPU. Equivalent to: kmeans_ref in r2o.py.
 //
-// Many problems: one thread each. One problem: blocks of points (dot products) or columns (sums) go to the threads; no
-// result depends on how. Only the valid points are kept, side by side, about their mean.
+// At least as many problems as threads: one thread each. Fewer: one after another, and blocks of points (dot products) or
+// columns (sums) go to the threads; no result depends on how. Only the valid points are kept, side by side, about their
+// mean.
 //   Seeding, per round: the scores of T candidates, (n, D) x (D, T), in one pass over the points.
 //   Lloyd, per iteration: the scores of the centres that moved, (n, D) x (D, <= K), and the points that changed cluster,
 //   taken from one sum, in float64, and added to another. The seeds' scores are known from seeding.
-// Floor: K T + K iterations n D multiply-adds at large K, K + 2 iterations reads of the points at small.
+// Floor: (K T + K iterations) n D multiply-adds at large K, K + iterations reads of the points at small.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -50,8 +51,8 @@ struct Problem {
   std::vector<int64_t> size;           // (K)
 
   Problem(const T* points, const std::vector<int64_t>& kept, int64_t D, int64_t K, const at::TensorOptions& options)
-      : n(kept.size()), D(D), K(K), x(at::empty({n, D}, options)), centers(at::empty({K, D}, options)), mean(D, 0), sq(n), score(n * K),
-        label(n, -1), before(n), sum(K * D, 0), size(K, 0) {
+      : n(kept.size()), D(D), K(K), x(at::empty({n, D}, options)), centers(at::empty({K, D}, options)), mean(D, 0), sq(n),
+        score(n * K), label(n, -1), before(n), sum(K * D, 0), size(K, 0) {
     auto* out = x.template mutable_data_ptr<T>();
     for_columns(D, n, [&](int64_t begin, int64_t end) {
       for (const int64_t i : kept)
@@ -83,7 +84,7 @@ struct Problem {
       for (int64_t i = 0; i < n; ++i) mass[i] = sum += k ? distance[i] : 1;
       for (int64_t t = 0; t < trials; ++t) {  // the first point at which the running sum of weights passes u times their total
         const double target = std::min(uniforms[k * trials + t] * sum, std::nextafter(sum, 0.0));
-        pick[t] = sum > 0 ? std::upper_bound(mass.begin(), mass.end(), target) - mass.begin() : first;
+        pick[t] = sum > 0 ? std::min(std::upper_bound(mass.begin(), mass.end(), target) - mass.begin(), n - 1) : first;
         std::copy_n(point + pick[t] * D, D, row + t * D);
       }
       for_blocks(n, trials * D, [&](int64_t begin, int64_t end) {
@@ -175,7 +176,7 @@ std::tuple<Tensor, Tensor> kmeans_cpu(const Tensor& points, const Tensor& valid,
   const auto* is_valid = ok.const_data_ptr<bool>();
   auto* out = assignment.mutable_data_ptr<int64_t>();
   AT_DISPATCH_FLOATING_TYPES(points.scalar_type(), "kmeans", [&] {
-    at::parallel_for(0, G, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, G, G < at::get_num_threads() ? G : 1, [&](int64_t begin, int64_t end) {
       for (int64_t g = begin; g < end; ++g) {
         std::vector<int64_t> kept;
         for (int64_t i = 0; i < N; ++i)

@@ -48,8 +48,10 @@ __attribute__((always_inline)) inline void dots_in(const T* a, const T* b, int64
       const auto tile = [&](auto width) __attribute__((always_inline)) {
         dot_tile<kBytes, kRows, width()>(a + r * D, b + c * D, n - r, D, out + r * m + c, m);
       };
-      if (cols == 4) tile(std::integral_constant<int, 4>());
-      if (cols == 3) tile(std::integral_constant<int, 3>());
+      if constexpr (kCols == 4) {
+        if (cols == 4) tile(std::integral_constant<int, 4>());
+        if (cols == 3) tile(std::integral_constant<int, 3>());
+      }
       if (cols == 2) tile(std::integral_constant<int, 2>());
       if (cols == 1) tile(std::integral_constant<int, 1>());
     }

@@ -26,7 +26,7 @@
 namespace r2o {
 namespace {
 
-constexpr int kSeedThreads = 1024, kMaxTrials = 32;
+constexpr int kSeedThreads = 1024, kMaxTrials = 32, kAtOnce = 4;  // candidates a round may have, and those measured together
 
 // One K-means problem per group g of G; N points and K clusters each, of which min(K, valid points) are used.
 template <typename T>
@@ -91,6 +91,7 @@ __global__ void centre(const T* points, Problem<T> p) {
 template <typename T>
 __global__ void __launch_bounds__(kSeedThreads) seed(const double* uniforms, Problem<T> p, T* squares, T* distances, int trials) {
   __shared__ double part[kWarp];  // the weight of each warp's points
+  __shared__ double part_left[kMaxTrials][kWarp], left[kMaxTrials];  // the distance each candidate would leave
   __shared__ int picks[kMaxTrials];
   const int64_t g = blockIdx.x, n = p.N;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, stretch = (n + kSeedThreads - 1) / kSeedThreads;
@@ -134,15 +135,25 @@ __global__ void __launch_bounds__(kSeedThreads) seed(const double* uniforms, Pro
         }
     }
     __syncthreads();
-    int best = 0;
-    double least = 0;
-    for (int t = 0; t < trials; ++t) {
-      double left = 0;
+    for (int t = 0; t < trials; t += kAtOnce) {
+      double sums[kAtOnce] = {};
       for (int64_t i = threadIdx.x; i < n; i += kSeedThreads)
-        if (valid[i]) left += closest(i, picks[t]);
-      left = block_sum(left);
-      if (t == 0 || left < least) best = t, least = left;
+        for (int u = 0; u < kAtOnce; ++u)
+          if (valid[i] && t + u < trials) sums[u] += closest(i, picks[t + u]);
+      for (int u = 0; u < kAtOnce && t + u < trials; ++u) {
+        const double total_left = warp_sum(sums[u]);
+        if (lane == 0) part_left[t + u][warp] = total_left;
+      }
     }
+    __syncthreads();
+    if (warp < trials) {
+      const double total_left = warp_sum(part_left[warp][lane]);
+      if (lane == 0) left[warp] = total_left;
+    }
+    __syncthreads();
+    int best = 0;
+    for (int t = 1; t < trials; ++t)
+      if (left[t] < left[best]) best = t;
     const int64_t pick = picks[best], cluster = g * p.K + k;
     if (k == 0) first = pick;
     for (int64_t i = threadIdx.x; i < n; i += kSeedThreads) distance[i] = closest(i, pick);
@@ -243,14 +254,17 @@ std::tuple<Tensor, Tensor> kmeans_cuda(const Tensor& points, const Tensor& valid
   Tensor out = at::zeros({G, K, D}, options), label = at::full({G, N}, -1, options.dtype(at::kLong));
   if (points.numel() == 0) return {out, label};
   const Tensor in = points.contiguous(), ok = valid.contiguous(), u = uniforms.contiguous();
-  Tensor x = at::empty({G, N, D}, options), mean = at::empty({G, D}, options), centers = at::empty({G, K, D}, options), half = at::empty({G, K}, options);
+  Tensor x = at::empty({G, N, D}, options), mean = at::empty({G, D}, options);
+  Tensor centers = at::empty({G, K, D}, options), half = at::empty({G, K}, options);
   Tensor members = at::empty({G, K, N}, integers), size = at::empty({G, K}, integers), used = at::empty({G}, integers);
   Tensor square = at::empty({G, N}, options), distance = at::empty({G, N}, options), changed = at::zeros({max_iters + 1, G, K + 1}, flags);
   AT_DISPATCH_FLOATING_TYPES(points.scalar_type(), "kmeans", [&] {
     using T = scalar_t;
-    Problem<T> p{static_cast<int>(N), static_cast<int>(D), static_cast<int>(K), ok.const_data_ptr<bool>(), x.mutable_data_ptr<T>(), mean.mutable_data_ptr<T>(),
-                 nullptr, centers.mutable_data_ptr<T>(), half.mutable_data_ptr<T>(), members.mutable_data_ptr<int>(), size.mutable_data_ptr<int>(),
-                 used.mutable_data_ptr<int>(), label.mutable_data_ptr<int64_t>()};
+    Problem<T> p{};
+    p.N = N, p.D = D, p.K = K, p.valid = ok.const_data_ptr<bool>(), p.label = label.mutable_data_ptr<int64_t>();
+    p.x = x.mutable_data_ptr<T>(), p.mean = mean.mutable_data_ptr<T>();
+    p.centers = centers.mutable_data_ptr<T>(), p.half = half.mutable_data_ptr<T>();
+    p.members = members.mutable_data_ptr<int>(), p.size = size.mutable_data_ptr<int>(), p.used = used.mutable_data_ptr<int>();
     centre<T><<<dim3((D + kWarp - 1) / kWarp, G), kThreads, 0, stream>>>(in.const_data_ptr<T>(), p);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     const Tensor gram = at::bmm(x, x.transpose(1, 2));  // (G, N, N)
