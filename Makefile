@@ -1,7 +1,8 @@
 # Each target works on a fresh machine with python3, g++ and make; a GPU and a CUDA toolkit are used where they are.
 #   make demo    pretrain a small encoder on generated scenes, evaluate it, draw a film strip (8 minutes on 2 cores)
 #   make test    lint, build, run the tests
-#   make bench   time every op, the mask step and the train step beside other ways to do them (DEVICE=cuda: on a GPU)
+#   make bench   time every op, the mask step and the train step beside other ways to do them: 30 minutes on 2 cores
+#                DEVICE=cuda: on a GPU; BENCH="--images photos --authors DIR": flags of bench/bench.py
 #   make sanitize   the tests of the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make lint    ruff only
 PYTHON ?= python3
@@ -18,16 +19,17 @@ demo: build/done
 test: lint build/done
 	$(PY) -m pytest
 
-bench: build/done .venv/peers
+bench: build/done .venv/peers-$(DEVICE)
 	$(PY) bench/bench.py --device $(DEVICE) $(BENCH)
 
-.venv/peers: .venv/done
-	$(PY) -m pip install -q scikit-learn faiss-cpu fast-pytorch-kmeans flash-kmeans psutil
+.venv/peers-$(DEVICE): .venv/done
+	$(PY) -m pip install -q scikit-learn faiss-cpu fast-pytorch-kmeans psutil $(if $(filter cuda,$(DEVICE)),flash-kmeans)
 	touch $@
 
 sanitize: .venv/done
 	SANITIZE=1 $(PY) setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize-temp
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize:. \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(CURDIR)/build/sanitize:$(CURDIR) \
 		.venv/bin/pytest -p no:cacheprovider tests/test_ops.py tests/test_kmeans.py tests/test_masks.py
 
 lint: .venv/done
