@@ -173,7 +173,7 @@ class Bench:
             row = {"what": what, "who": name, "n": turns, "median ms": statistics.median(ms)}
             row |= {"p10 ms": max(deciles[0], min(ms)), "p90 ms": min(deciles[-1], max(ms)), "floor ms": floor}
             row["times floor"] = row["median ms"] / floor if floor else None
-            row["ours is faster by"] = row["median ms"] / statistics.median(taken[ours])
+            row["time / first"] = row["median ms"] / statistics.median(taken[ours])
             row["calls"], row["waits"], row["extra MB"] = costs[name]
             row["inertia / ours"] = quality[name] / quality[ours] if inertia else None
             self.rows.append(row)
@@ -186,7 +186,7 @@ COLUMNS = {
     "p10 ms": "{:.3f}",
     "p90 ms": "{:.3f}",
     "times floor": "{:.1f}",
-    "ours is faster by": "{:.2f}",
+    "time / first": "{:.2f}",
     "calls": "{}",
     "waits": "{}",
     "extra MB": "{:.0f}",
@@ -590,23 +590,34 @@ def machine(device) -> str:
 
 def write(bench: Bench, args):
     date = datetime.date.today().isoformat()
-    peers = [d for d in ("scikit-learn", "faiss-cpu", "fast-pytorch-kmeans", "flash-kmeans") if installed(PEERS[d])]
+    peers = [
+        d for d, module in PEERS.items() if installed(module) and (d != "flash-kmeans" or bench.device.type == "cuda")
+    ]
     about = {
         "machine": machine(bench.device),
         "date": date,
         "torch": torch.__version__,
         "ops": r2o.extension(bench.device),
-        "input": f"{'photographs' if args.images else 'smooth random images'}, SLIC, a random ResNet-50's features",
+        "input": f"32 {'photographs' if args.images else 'smooth random images'}; evaluation: random points",
         "peers": ", ".join(f"{p} {importlib.metadata.version(p)}" for p in peers) or "none",
         **bench.rates,
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", f"{about['machine']} {date}".lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", f"{about['machine']} {date} {args.only}".lower()).strip("-")
     (args.out / f"{name}.json").write_text(json.dumps({"about": about, "rows": bench.rows}, indent=1) + "\n")
     lines = ["# " + about["machine"] + ", " + date, ""]
     lines += [f"* {key}: {value if isinstance(value, str) else round(value)}" for key, value in about.items()]
-    lines += ["", "All times in ms, ours first. calls: operators that PyTorch sees on a CPU, kernels on a GPU; waits:"]
-    lines += ["results that the host reads, waiting for a GPU if it is one (on a CPU r2o checks its input so, too)."]
+    lines += [
+        "",
+        "All times in ms, ours first; p10 and p90 of 3 runs are the least and the most. Floor: the plain algorithm's",
+    ]
+    lines += [
+        "bytes or FLOPs at the rates above; skipping work goes below it. calls: operators that PyTorch sees on a CPU,"
+    ]
+    lines += [
+        "kernels on a GPU; waits: results that the host reads, waiting for a GPU if it is one (on a CPU r2o checks its"
+    ]
+    lines += ["input so, too)."]
     for row in bench.rows:
         if f"## {row['what']}" not in lines:
             lines += ["", f"## {row['what']}", "", f"Floor {row['floor ms']:.3f} ms, n = {row['n']}.", ""]
@@ -644,19 +655,21 @@ def main():
     bench = Bench(device, args.seconds)
     theirs = authors_code(args.authors, device) if args.authors else None
     print(f"{machine(device)}, ops: {r2o.extension(device)}, {bench.rates}\n{' | '.join(COLUMNS)}")
-    for B in args.batches if set(only) - {"evaluation"} else []:
-        data = make_input(images * (B // GROUP), device)
-        if "pooling" in only:
-            pooling(bench, data, theirs)
-        if "clustering" in only:
-            clustering(bench, data, theirs)
-        if "masks" in only:
-            mask_step(bench, data, theirs)
-        if "train" in only and (B == GROUP or device.type == "cuda"):
-            train_step(bench, data, 128)
-    if "evaluation" in only:
-        evaluation(bench)
-    write(bench, args)
+    try:
+        for B in args.batches if set(only) - {"evaluation"} else []:
+            data = make_input(images * (B // GROUP), device)
+            if "pooling" in only:
+                pooling(bench, data, theirs)
+            if "clustering" in only:
+                clustering(bench, data, theirs)
+            if "masks" in only:
+                mask_step(bench, data, theirs)
+            if "train" in only and (B == GROUP or device.type == "cuda"):
+                train_step(bench, data, 128)
+        if "evaluation" in only:
+            evaluation(bench)
+    finally:  # what was measured before an interruption is kept
+        write(bench, args)
 
 
 if __name__ == "__main__":

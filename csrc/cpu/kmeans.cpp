@@ -3,10 +3,10 @@
 // At least as many problems as threads: one thread each. Fewer: one after another, and blocks of points (dot products) or
 // columns (sums) go to the threads; no result depends on how. Only the valid points are kept, side by side, about their
 // mean.
-//   Seeding, per round: the scores of T candidates, (n, D) x (D, T), in one pass over the points.
+//   Seeding, per round: the scores of all candidates (trials), (n, D) x (D, trials), in one pass over the points.
 //   Lloyd, per iteration: the scores of the centres that moved, (n, D) x (D, <= K), and the points that changed cluster,
 //   taken from one sum, in float64, and added to another. The seeds' scores are known from seeding.
-// Floor: (K T + K iterations) n D multiply-adds at large K, K + iterations reads of the points at small.
+// Floor: K (trials + iterations) n D multiply-adds at large K, K + iterations reads of the points at small.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>

@@ -1,6 +1,6 @@
 // What the CPU ops do with rows of channels: dot products and weighted sums, in the widest vectors that PyTorch finds the
-// processor to have (or that ATEN_CPU_CAPABILITY names). BLAS is slow where one side has few rows, and does not go inside
-// a thread.
+// processor to have (or that ATEN_CPU_CAPABILITY names). BLAS is slow where one side has few rows, and would start
+// threads of its own inside ours.
 #pragma once
 #include <ATen/Version.h>
 
