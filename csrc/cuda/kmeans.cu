@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kSeedThreads) seed(const double* uniforms, Pro
 // which clusters gained or lost a point, and last whether any did; before: the same of the iteration before, or null.
 template <typename T>
 __global__ void assign(Problem<T> p, const bool* before, bool* changed) {
-  extern __shared__ char shared[];
+  extern __shared__ __align__(16) char shared[];
   __shared__ T best_score[kThreads / kWarp];
   __shared__ int best_id[kThreads / kWarp];
   T* row = reinterpret_cast<T*>(shared);  // (N)
