@@ -23,7 +23,7 @@ bench: build/done .venv/peers-$(DEVICE)
 	$(PY) bench/bench.py --device $(DEVICE) $(BENCH)
 
 .venv/peers-$(DEVICE): .venv/done
-	$(PY) -m pip install -q scikit-learn faiss-cpu fast-pytorch-kmeans psutil $(if $(filter cuda,$(DEVICE)),flash-kmeans)
+	$(PY) -m pip install -q scikit-learn faiss-cpu fast-pytorch-kmeans psutil opencv-python-headless $(if $(filter cuda,$(DEVICE)),flash-kmeans)
 	touch $@
 
 sanitize: .venv/done
@@ -38,7 +38,7 @@ lint: .venv/done
 
 .venv/done: Makefile
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q $(TORCH) scikit-image tqdm pybind11 ninja setuptools ruff==0.17.6 pytest hypothesis
+	$(PY) -m pip install -q $(TORCH) scikit-image tqdm pybind11 ninja setuptools ruff==0.17.6 pytest hypothesis tensorboard
 	touch $@
 
 build/done: .venv/done setup.py $(wildcard csrc/*.* csrc/*/*) $(if $(wildcard r2o_C*.so),,always)

@@ -24,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import eval_cub
+import files
 import r2o
 
 SIDE, GROUP = 64, 32  # pixels of a scene; images that share a K-means
@@ -97,10 +98,10 @@ def make_scenes(folder: Path, count: int, first: int):
 
 def load_scenes(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Images (n, 3, SIDE, SIDE) uint8, truth (n, SIDE, SIDE), and the prior's regions (n, h, w)."""
-    root, names = r2o.list_images(folder / "images")
-    images = torch.stack([r2o.read_image(root / name.decode()) for name in names])
-    truth = torch.stack([torch.from_numpy(np.array(Image.open(folder / "masks" / name.decode()))) for name in names])
-    maps, _ = r2o.region_maps(root, names, folder / "regions.npy", size=SIDE // 4)
+    listed = files.list_images(folder / "images")
+    images = torch.stack([r2o.read_image(listed.path(i)) for i in range(len(listed))])
+    truth = torch.stack([torch.from_numpy(np.array(Image.open(folder / "masks" / name.decode()))) for name in listed])
+    maps, _ = files.region_maps(listed, folder / "regions.npy", size=SIDE // 4)
     return images, truth, torch.from_numpy(np.array(maps))
 
 

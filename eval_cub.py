@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
+import files
 import r2o
 
 
@@ -65,11 +66,8 @@ def list_cub(folder: Path, split: str) -> list[tuple[Path, Path]]:
 
 def list_pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
     """(image, mask) of two folders whose files have the same relative names, up to the suffix."""
-    roots, stems = zip(*(r2o.list_images(folder) for folder in (images, masks)), strict=True)
-    of = [
-        {os.path.splitext(os.fsdecode(name))[0]: root / os.fsdecode(name) for name in names}
-        for root, names in zip(roots, stems, strict=True)
-    ]
+    lists = [files.list_images(folder) for folder in (images, masks)]
+    of = [{os.path.splitext(os.fsdecode(name))[0]: x.root / os.fsdecode(name) for name in x} for x in lists]
     missing = [stem for stem in of[0] if stem not in of[1]]
     if missing:
         raise r2o.UsageError(

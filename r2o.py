@@ -19,15 +19,14 @@ input), also for half-precision input and inside autocast.
 import contextlib
 import copy
 import functools
-import hashlib
-import importlib.metadata
 import importlib.util
-import json
 import math
 import os
 import pickle
 import struct
+import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +39,8 @@ from torchvision import models
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import roi_align
-from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
+from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
-from tqdm import tqdm
 
 if importlib.util.find_spec("r2o_C") is None:
     r2o_C = None  # not built: the references run
@@ -426,7 +424,7 @@ class R2O(nn.Module):
     arch: one of ARCHS. num_regions: region ids are below it. kmeans_group: images that share one K-means (a batch is a
     multiple of it, or smaller). kmeans_iters: Lloyd iterations. assign: "pixel" gives each C4 pixel its nearest centre
     (Sec. 3.1); "region" gives each region its cluster, at the region map's resolution. overlap: on a GPU, draw the
-    masks on a stream of their own while the online network runs.
+    masks on a stream of their own while the online network runs. compile: the encoders, by torch.compile.
     """
 
     def __init__(
@@ -439,12 +437,14 @@ class R2O(nn.Module):
         hidden: int = 4096,
         dim: int = 256,
         overlap: bool = True,
+        compile: bool = False,
     ):
         super().__init__()
         if assign not in ("pixel", "region"):
             raise UsageError(f"no mask assignment {assign!r}: choose pixel or region")
         self.num_regions, self.assign, self.overlap = num_regions, assign, overlap
         self.kmeans_group, self.kmeans_iters = kmeans_group, kmeans_iters
+        self.encode_c4, self.encode = (torch.compile(f) if compile else f for f in (encode_c4, encode))
         encoder = build_encoder(arch)
         channels = [m for m in encoder.layer4.modules() if isinstance(m, nn.BatchNorm2d)][-1].num_features
         self.online = nn.ModuleDict({"encoder": encoder, "projector": mlp(channels, hidden, dim)})  # theta
@@ -465,7 +465,7 @@ class R2O(nn.Module):
         images: (B, 3, S, S) normalised. regions: (B, h, w). uniforms: seeding_uniforms(B / group, K).
         Returns (B, H, W) for assign = "pixel", (B, h, w) for "region"; ids are shared inside a group.
         """
-        c4 = encode_c4(encoder, images)
+        c4 = self.encode_c4(encoder, images)
         B, R, K, G = len(images), self.num_regions, num_clusters, len(uniforms)
         p, area = region_pool(c4, regions, R)
         length = p.norm(dim=-1, keepdim=True)  # (B, R, 1)
@@ -497,8 +497,8 @@ class R2O(nn.Module):
 
         images: (B, 3, S, S) and views: (2B, 3, S, S), the first views then the second, normalised. regions: (B, h, w).
         boxes: (B, 2, 4). flips: (B, 2). generator: on the CPU; seeded alike on all ranks, K-means then does not depend
-        on how many there are. Returns the loss, whose average over ranks (DDP's) is the mean over all pairs, and
-        detached scalars of this rank.
+        on how many there are; parts of a batch that follow one another with the same generator cluster as the whole
+        would. Returns the loss, whose average over ranks (DDP's) is the mean over all pairs, and detached scalars.
         """
         B, K = len(images), num_clusters
         group = min(self.kmeans_group, B)
@@ -518,7 +518,7 @@ class R2O(nn.Module):
             beside = torch.cuda.stream(side)
         with beside:
             m = self.predict_masks(self.target["encoder"], images, regions, K, uniforms)  # (B, H, W)
-        c5 = encode(self.online["encoder"], views)  # (2B, C, H, W)
+        c5 = self.encode(self.online["encoder"], views)  # (2B, C, H, W)
         with beside:
             m1, m2 = (crop_masks(m, boxes[:, v], flips[:, v], K, c5.shape[-1]) for v in (0, 1))  # (B, K, H, W)
             in_both = (m1.sum((2, 3)) > 1e-3) & (m2.sum((2, 3)) > 1e-3)
@@ -536,15 +536,21 @@ class R2O(nn.Module):
         h = F.pad(mask_pool(c5, weights, rows), blank)  # (2P, C)
         q = self.predictor(self.online["projector"](h))  # (2P, 256)
         with torch.no_grad():
-            z = self.target["projector"](F.pad(mask_pool(encode(self.target["encoder"], views), weights, rows), blank))
+            c5 = self.encode(self.target["encoder"], views)
+            z = self.target["projector"](F.pad(mask_pool(c5, weights, rows), blank))
         total = torch.full((), float(P), device=h.device)
         if world > 1:
             dist.all_reduce(total)
         loss = byol_loss(q, torch.cat([z[P:], z[:P]]))  # (2P,): both directions, Eq. (5)
         loss = (loss.sum() if P else 0 * loss.sum()) * world / total.clamp(min=1)  # DDP averages over ranks
+        cells = m.new_zeros(B, K).scatter_add_(1, m.flatten(1), torch.ones_like(m).flatten(1))  # (B, K)
+        sizes = cells.view(G, group, K).sum(1).float()  # (G, K): of clusters, in cells of m
         stats = {
+            "total": total,  # pairs of all ranks, over which the loss is a mean
             "pairs": torch.tensor(P / B),  # masks per image that both views see
-            "masks": m.new_zeros(B, K).scatter_(1, m.flatten(1), 1).sum(1).float().mean(),  # masks per image
+            "masks": (cells > 0).sum(1).float().mean(),  # masks per image
+            "clusters": (sizes > 0).sum(1).float().mean(),  # that own anything, per group
+            "largest": (sizes.amax(1) / sizes.sum(1)).mean(),  # the largest cluster's share of its group
             "spread": math.sqrt(z.shape[1]) * F.normalize(z.float(), dim=1).std(0, correction=0).mean(),  # 0: collapse
         }
         return loss, stats
@@ -634,64 +640,77 @@ def target_momentum(step: int, steps: int, base: float = 0.99) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data, 1: in the worker, decode, crop, resize and flip (A.1)
+# Data, 1: in the worker, decode, crop and resize (A.1)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def resize(image: Tensor, size: int) -> Tensor:
-    """A whole image (3, h, w) uint8 -> (3, size, size), whatever its proportions."""
-    return TF.resize(image, [size, size], InterpolationMode.BICUBIC, antialias=True)
+    """A whole image (3, h, w) uint8 -> (3, size, size), whatever its proportions. In memory both lie as (h, w, 3), as
+    decoders leave them, which saves PyTorch a third of the time in repacking."""
+    x = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
+    return F.interpolate(x, (size, size), mode="bicubic", antialias=True)[0]
 
 
 class ImageRegions(torch.utils.data.Dataset):
     """Images with their region maps, indexed by (epoch, i): all randomness of a sample follows from (seed, epoch, i),
     so that it depends on no worker, rank or interruption, and no two samples share any.
 
-    root, names: list_images'. regions, header: region_maps'; unreadable images are left out. size: a view's side.
-    A sample is a dict: image (3, S, S) and views (2, 3, S, S) uint8, regions (h, w), boxes (2, 4), flips (2,),
-    factors (2, 11), the view's colour changes for `augment`.
+    images: a files.ImageList. maps, header: files.region_maps'; images that were unreadable then are left out. size: a
+    view's side. A sample is a dict: image (S, S, 3) and views (2, S, S, 3) uint8, not yet mirrored, regions (h, w),
+    boxes (2, 4), flips (2,), factors (2, 11) for `augment`, and unreadable: whether the next image stands in for it.
     """
 
-    def __init__(
-        self, root: Path, names: np.ndarray, regions: np.ndarray, header: dict, size: int = 224, seed: int = 0
-    ):
-        self.root, self.names, self.regions, self.size, self.seed = root, names, regions, size, seed
-        self.keep = np.delete(np.arange(len(names)), [i for i, _ in header["unreadable"]])
+    def __init__(self, images, maps: np.ndarray, header: dict, size: int = 224, seed: int = 0):
+        self.images, self.maps, self.size, self.seed = images, maps, size, seed
+        self.keep = np.delete(np.arange(len(images)), [i for i, _ in header["unreadable"]])
 
     def __len__(self):
         return len(self.keep)
 
+    def __getstate__(self):  # workers that are not forked open the maps themselves
+        return vars(self) | {"maps": self.maps.filename}
+
+    def __setstate__(self, state):
+        vars(self).update(state, maps=np.load(state["maps"], mmap_mode="r"))
+
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        epoch, i = key[0], int(self.keep[key[1]])
-        path = self.root / os.fsdecode(self.names[i])
-        try:
-            image = read_image(path)
-        except OSError as e:
-            raise UsageError(f"{path} can no longer be read ({e}): mend it, or delete the region maps") from None
+        epoch, index = int(key[0]), int(key[1])
+        for later in range(10):
+            i = int(self.keep[(index + later) % len(self)])
+            path = self.images.path(i)
+            try:
+                image = read_image(path)
+                break
+            except OSError as e:  # it could be read when the maps were made
+                print(f"unreadable: {path} ({e}): the next image stands in for it", file=sys.stderr, flush=True)
+        else:
+            raise UsageError(f"{path} and the 9 images before it can no longer be read: is the disk still there?")
         h, w = image.shape[1:]
         rng = torch.default_generator  # torchvision's samplers draw from it
-        rng.manual_seed(int(np.random.SeedSequence([self.seed, epoch, i]).generate_state(1, np.uint64)[0] >> 1))
-        views, boxes, flips, factors = [], [], [], []
+        rng.manual_seed(
+            int(np.random.SeedSequence([self.seed, epoch, int(self.keep[index])]).generate_state(1, np.uint64)[0] >> 1)
+        )
+        views = torch.empty(2, self.size, self.size, 3, dtype=torch.uint8)
+        boxes, flips, factors = [], [], []
         for v in (0, 1):
             top, left, ch, cw = RandomResizedCrop.get_params(image, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
-            view = resize(TF.crop(image, top, left, ch, cw), self.size)
-            flip = bool(torch.rand(()) < 0.5)  # differs: the authors' code mirrors always
-            views.append(view.flip(-1) if flip else view)
+            views[v] = resize(image[:, top : top + ch, left : left + cw], self.size).permute(1, 2, 0)
             boxes.append([left / w, top / h, (left + cw) / w, (top + ch) / h])
-            flips.append(flip)
+            flips.append(bool(torch.rand(()) < 0.5))  # differs: the authors' code mirrors always
             factors.append(draw_factors(v))
         return {
-            "image": resize(image, self.size),
-            "views": torch.stack(views),
-            "regions": torch.from_numpy(np.array(self.regions[i])),
+            "image": resize(image, self.size).permute(1, 2, 0),
+            "views": views,
+            "regions": torch.from_numpy(np.array(self.maps[i])),
             "boxes": torch.tensor(boxes),
             "flips": torch.tensor(flips),
             "factors": torch.stack(factors),
+            "unreadable": torch.tensor(later > 0),
         }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data, 2: on the device, jitter, grey, blur, solarise, normalise, a batch at a time (A.1)
+# Data, 2: on the device, mirror, jitter, grey, blur, solarise, normalise, a batch at a time (A.1)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -753,10 +772,12 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
 JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
-def augment(views: Tensor, factors: Tensor) -> Tensor:
-    """A.1's colour changes of a batch. views: (N, 3, S, S) uint8 on the training device; factors: (N, 11) of
-    draw_factors, on the CPU, where images are chosen by them without asking the device. Returns normalised float32."""
-    x = views.float() / 255
+def augment(views: Tensor, flips: Tensor, factors: Tensor) -> Tensor:
+    """A.1's mirroring and colour changes of a batch. views: (N, 3, S, S) uint8 and flips: (N,) on the training device;
+    factors: (N, 11) of draw_factors, on the CPU, where images are chosen by them without asking the device. Returns
+    normalised float32."""
+    x = views.to(torch.float32, memory_format=torch.contiguous_format) / 255
+    x = torch.where(flips.view(-1, 1, 1, 1), x.flip(-1), x)
 
     def change(images: Tensor, f, column: int | None):
         i = images.nonzero()[:, 0]  # on the CPU
@@ -781,29 +802,8 @@ def normalize(x: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files: images, region maps, checkpoints
+# Files: images and weights
 # ---------------------------------------------------------------------------------------------------------------------
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-
-
-def list_images(folder: str | Path) -> tuple[Path, np.ndarray]:
-    """All images below folder (or below folder/train, where that exists), in a fixed order: the root, and their
-    relative names as one compact array of bytes. Raises UsageError where there are none."""
-    root = Path(folder)
-    if not root.is_dir():
-        raise UsageError(f"no such folder: {folder}; expected a folder of images, flat or nested")
-    root = root / "train" if (root / "train").is_dir() else root
-    names, seen = [], set()
-    for path, folders, files in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(path)) in seen:  # a link to where we have been
-            folders.clear()
-            continue
-        seen.add(real)
-        names += [os.path.relpath(os.path.join(path, f), root) for f in files if f.lower().endswith(EXTENSIONS)]
-    if not names:
-        raise UsageError(f"no images in {root}; expected files that end in {' '.join(EXTENSIONS)}")
-    return root, np.array(sorted(os.fsencode(n) for n in names))
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -823,109 +823,37 @@ def read_image(path: str | Path) -> Tensor:
     return image if image.dtype == torch.uint8 else (image.int() // 257).to(torch.uint8)  # 16-bit PNG
 
 
-def region_maps(
-    root: Path,
-    names: np.ndarray,
-    path: str | Path,
-    prior: str = "slic",
-    num_segments: int = 100,
-    size: int = 56,
-    workers: int = 0,
-) -> tuple[np.ndarray, dict]:
-    """The region maps of all images, (n, size, size) uint8, memory-mapped: read from `path` (.npy, with a header beside
-    it in .json) or, where there is none, computed there once.
-
-    The header says what the maps were made from (prior, its parameters, scikit-image's version, a fingerprint of names
-    and file sizes), num_regions (all ids are below it) and which images are unreadable. Raises UsageError where the
-    maps at `path` were made from anything else, and where more than 1 % of the images cannot be read.
-    """
-    path, header_path = Path(path), Path(path).with_suffix(".json")
-    if path.suffix != ".npy" or path.is_dir():
-        raise UsageError(f"the region maps' file must end in .npy, got {path}")
-    digest = hashlib.sha256()
-    for name in names:
-        path_of = os.path.join(os.fsencode(root), name)
-        digest.update(name + b"\0%d\n" % (os.path.getsize(path_of) if os.path.exists(path_of) else -1))
-    made_from = {
-        "prior": prior,
-        "num_segments": num_segments if prior == "slic" else 196,
-        "size": size,
-        "images": len(names),
-        "scikit-image": importlib.metadata.version("scikit-image"),
-        "fingerprint": digest.hexdigest()[:16],
-    }
-    if not header_path.exists():
-        partial = path.with_suffix(".partial")
-        maps = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(names), size, size))
-        unreadable, num_regions = [], 0
-        priors = torch.utils.data.DataLoader(
-            _Priors(root, names, prior, num_segments, size), batch_size=None, num_workers=workers
-        )
-        with tqdm(priors, "region maps", unit="img", dynamic_ncols=True, mininterval=1) as bar:
-            for i, (regions, problem) in enumerate(bar):
-                maps[i] = regions
-                num_regions = max(num_regions, int(regions.max()) + 1)
-                if problem:
-                    unreadable.append([i, problem])
-                    bar.write(f"unreadable: {problem}")
-                if len(unreadable) > len(names) / 100:
-                    raise UsageError(f"more than 1 % of the images in {root} are unreadable, the last {problem}")
-        maps.flush()
-        os.replace(partial, path)
-        header = made_from | {"num_regions": num_regions, "unreadable": unreadable}
-        save_atomically(header_path, lambda f: f.write(json.dumps(header).encode()))
-    try:
-        header, maps = json.loads(header_path.read_text()), np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as e:
-        raise UsageError(f"cannot read the region maps {path} ({e}): delete {path} and {header_path}") from None
-    for key, value in made_from.items():
-        if header.get(key) != value:
-            raise UsageError(
-                f"the region maps in {path} belong to other data or settings ({key} {header.get(key)}, now {value}); "
-                f"delete {path} and {header_path}, or name another file with --regions"
-            )
-    return maps, header
-
-
-class _Priors(torch.utils.data.Dataset):
-    """The region map of every image, or what is wrong with it: every image is opened once before training starts."""
-
-    def __init__(self, root, names, prior, num_segments, size):
-        self.root, self.names, self.prior, self.num_segments, self.size = root, names, prior, num_segments, size
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, i):
-        path = self.root / os.fsdecode(self.names[i])
-        try:
-            image = read_image(path)
-        except OSError as e:
-            return torch.zeros(self.size, self.size, dtype=torch.uint8), f"{path} ({e})"
-        if self.prior == "slic":
-            return slic_regions(image, self.num_segments, self.size), ""
-        return grid_regions(size=self.size), ""
-
-
-def save_atomically(path: str | Path, write):
-    """write(file) into a temporary file that takes path's place only once it is whole and on the disk."""
+def save_atomically(path: str | Path, write, keep: str | Path | None = None):
+    """write(file) into a temporary file that takes path's place only once it is whole and on the disk. What was at path
+    before is moved to `keep`, if given. Raises OSError where it cannot be written; what was there then stays."""
     temporary = f"{path}.tmp"
-    with open(temporary, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as e:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(e.__context__, OSError):  # behind what torch.save raises on a full disk
+            raise e.__context__ from None
+        raise
+    if keep and os.path.exists(path):
+        os.replace(path, keep)
     os.replace(temporary, path)
 
 
 def load_file(path: str | Path) -> dict:
     """A checkpoint of tensors and plain types. Raises UsageError where there is none, or it holds anything else."""
     try:
+        if zipfile.is_zipfile(path) and (torn := zipfile.ZipFile(path).testzip()):  # torch.load checks no checksums
+            raise ValueError(torn)
         file = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(
             f"no such checkpoint: {path}; expected r2o.pth, last.pth or a torchvision state dict"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as e:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
         raise UsageError(
             f"{path} is not a checkpoint that can be loaded safely ({type(e).__name__}): "
             "it is damaged, or holds more than tensors and plain types"

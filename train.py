@@ -2,16 +2,30 @@
 
     torchrun --nproc_per_node=8 train.py --data /imagenet      # the paper's: ResNet-50, 300 epochs, batches of 4096
     python train.py --data photos --arch resnet18 --epochs 20 --batch-size 64      # one process, CPU or GPU
+    python train.py --data photos --batch-size 64 --dry-run      # the plan, and what a few steps take
 
-OUT gets last.pth after every epoch (training goes on from it by itself), log.jsonl, strip.png and, at the end, r2o.pth:
-the online encoder under torchvision's parameter names.
+OUT gets last.pth (training goes on from it by itself) and the one before, previous.pth, log.jsonl, strip.png and, at
+the end, r2o.pth: the online encoder under torchvision's parameter names.
+
+Exit status: 0 done; 2 bad arguments, data or disk, said in one line; 75 stopped by SIGTERM or SIGUSR1 after saving: the
+same command goes on. Under torchrun the status is torchrun's own, 1 for both.
 """
 
 import argparse
+import contextlib
+import datetime
+import importlib.util
+import itertools
 import json
+import math
 import os
+import signal
+import statistics
 import sys
+import tempfile
 import time
+import traceback
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -19,35 +33,46 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
+import files
 import r2o
+
+BAD_STEPS = 10  # in a row, after which a run ends
+STOPPED = 75  # exit status: EX_TEMPFAIL, try again
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def parse_args(argv=None):
-    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this process
+    own_cores = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this process
     p = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
     add = p.add_argument_group("data and output").add_argument
     add("--data", required=True, help="folder of images, flat or nested; its subfolder train, where there is one")
+    add("--subset", metavar="FILE", help="train on some of them: a line each, a folder, file, or file name")
     add("--out", default="out", help="folder for checkpoints, log and pictures; training goes on from what it holds")
-    add(
-        "--keep-every",
-        type=int,
-        default=0,
-        metavar="N",
-        help="also keep the encoder of every N-th epoch, as epoch_0100.pth (0: none)",
-    )
     add("--regions", help="file of the region maps (default OUT/regions.npy); name one to share it between runs")
-    add("--workers", type=int, default=min(16, max(1, cores)), help="per process; raise while the GPU waits for data")
+    add("--workers", type=int, default=min(16, max(1, own_cores)), help="per process; raise while the GPU waits")
+    keep = "also keep the encoder of every N-th epoch, as epoch_0100.pth (0: none)"
+    add("--keep-every", type=int, default=0, metavar="N", help=keep)
+    save = "save last.pth every N steps too, not only after epochs (0); lower where epochs take hours"
+    add("--save-every", type=int, default=500, metavar="N", help=save)
+    add("--tensorboard", action="store_true", help="also log to OUT/tensorboard")
+    add = p.add_argument_group("instead of training").add_argument
+    add("--prepare", action="store_true", help="make the region maps and end")
+    add("--dry-run", action="store_true", help="print the plan, time a few steps, write nothing")
     add = p.add_argument_group("training (A.1)").add_argument
     add("--arch", default="resnet50", choices=r2o.ARCHS, help="resnet18 for small data, tiny for 64-pixel images")
     add("--epochs", type=int, default=300, help="passes over the data; small data wants more")
-    add("--batch-size", type=int, default=4096, help="images per step, over all processes; lower to fit the memory")
+    add("--batch-size", type=int, default=4096, help="images per step, over all processes; lower for small data")
+    accum = "each process takes its share of a batch in N parts, one after another; raise to fit the memory"
+    add("--accum", type=int, default=1, metavar="N", help=accum)
     add("--size", type=int, default=224, help="side of the views in pixels; lower only for small images")
     add("--lr", type=float, default=0.3, help="peak for a batch of 256 and K = --lr-k; raise for very short runs")
     add("--lr-k", type=float, default=16, help="the learning rate is multiplied by K / this; 0: by nothing")
@@ -56,6 +81,8 @@ def parse_args(argv=None):
     add("--hidden", type=int, default=4096, help="width of projector and predictor; lower for tiny")
     add("--dim", type=int, default=256, help="width of projections; lower for tiny")
     add("--seed", type=int, default=0, help="of weights, order, crops, colours and clusters")
+    add("--compile", action="store_true", help="the encoders, by torch.compile; see with --dry-run whether it helps")
+    add("--changed", action="store_true", help="go on with another --lr, --lr-k, --weight-decay or --tau than before")
     add = p.add_argument_group("masks (Sec. 3.1, 3.3)").add_argument
     add("--prior", default="slic", choices=("slic", "grid"), help="region-level prior; grid needs no image (A.7)")
     add("--segments", type=int, default=100, help="superpixels asked of SLIC; fewer for small images")
@@ -68,49 +95,62 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.hold_epochs is None:
         args.hold_epochs = round(args.epochs * 40 / 300)
-    for name in ("epochs", "batch_size", "segments", "k_start", "k_end", "kmeans_group", "hidden", "dim"):
+    for name in ("epochs", "batch_size", "accum", "segments", "k_start", "k_end", "kmeans_group", "hidden", "dim"):
         if getattr(args, name) < 1:
             raise r2o.UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("workers", "keep_every", "hold_epochs", "lr", "lr_k", "weight_decay", "tau", "seed"):
-        if getattr(args, name) < 0:
-            raise r2o.UsageError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    for name in ("workers", "keep_every", "save_every", "hold_epochs", "lr", "lr_k", "weight_decay", "tau", "seed"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise r2o.UsageError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(args, name)}")
     if args.tau > 1 or args.seed >= 2**31:
         raise r2o.UsageError(f"--tau must be at most 1 and --seed below 2^31, got {args.tau} and {args.seed}")
     if args.size < 32 or args.size % 32:
         raise r2o.UsageError(f"--size {args.size} does not fit the encoder's strides: pass a multiple of 32")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise r2o.UsageError("--tensorboard needs the package tensorboard: pip install tensorboard")
     return args
 
 
-class Batches:
-    """Sampler of this process's share of every batch, from `epoch` to the end of training: each epoch is a new
-    permutation, each batch a slice of it, each process's share a slice of the batch. The remainder is dropped."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------------------
 
-    def __init__(self, images: int, batch: int, epoch: int, epochs: int, seed: int, rank: int, world: int):
-        self.images, self.batch, self.epochs = images, batch, range(epoch, epochs)
-        self.seed, self.rank, self.share = seed, rank, batch // world
+
+class Batches:
+    """Sampler of this process's share of every batch, from optimiser step `first` to the end of training: each epoch is
+    a new permutation, each batch a slice of it, given in `accum` parts, of which each process has a slice. The
+    remainder of an epoch is dropped."""
+
+    def __init__(self, images: int, batch: int, steps: range, seed: int, rank: int = 0, world: int = 1, accum: int = 1):
+        self.images, self.batch, self.steps, self.seed = images, batch, steps, seed
+        self.rank, self.world, self.accum = rank, world, accum
 
     def __iter__(self):
-        for epoch in self.epochs:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.images)
-            for start in range(0, self.images - self.batch + 1, self.batch):
-                start += self.rank * self.share
-                yield [(epoch, i) for i in order[start : start + self.share]]
+        per_epoch, share = self.images // self.batch, self.batch // self.accum // self.world
+        order, epoch = None, None
+        for step in self.steps:
+            if epoch != step // per_epoch:
+                epoch = step // per_epoch
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.images)
+            for part in range(self.accum):
+                start = step % per_epoch * self.batch + (part * self.world + self.rank) * share
+                yield [(epoch, i) for i in order[start : start + share]]
 
 
 def check(args, world: int, images: int, num_regions: int):
     """Refuses what cannot work: once before the region maps are made, and again when they are there."""
-    batch, share = args.batch_size, args.batch_size // world
-    group = min(args.kmeans_group, max(min(batch, images) // world, 1))
+    batch, parts = args.batch_size, world * args.accum
+    group = min(args.kmeans_group, max(min(batch, images) // parts, 1))
     k = max(args.k_start, args.k_end)
     if batch > images:
-        fits = max(images // (world * group) * world * group, 1)
+        fits = max(images // (parts * group) * parts * group, 1)
         raise r2o.UsageError(f"--batch-size {batch} is larger than the data ({images} images): pass at most {fits}")
-    if batch % world:
-        raise r2o.UsageError(f"{world} processes cannot share --batch-size {batch}: pass a multiple of {world}")
-    if share % group:
+    if batch % parts:
+        accum = f" in {args.accum} parts" if args.accum > 1 else ""
+        raise r2o.UsageError(f"{world} processes cannot share --batch-size {batch}{accum}: pass a multiple of {parts}")
+    if batch // parts % group:
         raise r2o.UsageError(
-            f"{share} images per process do not divide into K-means groups of {group}: "
-            f"pass --batch-size a multiple of {world * group}, or another --kmeans-group"
+            f"{batch // parts} images per process do not divide into K-means groups of {group}: "
+            f"pass --batch-size a multiple of {parts * group}, or another --kmeans-group"
         )
     if k > group * num_regions:
         raise r2o.UsageError(
@@ -119,35 +159,51 @@ def check(args, world: int, images: int, num_regions: int):
         )
 
 
-def load_checkpoint(path: Path, args) -> dict | None:
-    """The checkpoint to go on from, None where there is none. Refuses one that was made with other settings."""
-    if not path.exists():
-        return None
-    checkpoint = r2o.load_file(path)
-    if not {"model", "optimizer", "epoch", "masks", "args"} <= checkpoint.keys():
-        raise r2o.UsageError(f"{path} is not a checkpoint of train.py: delete it, or pass another --out")
-    for key, now in vars(args).items():
-        then = checkpoint["args"].get(key)
-        if key not in ("data", "out", "regions", "workers", "keep_every") and then != now:
-            flag = "--" + key.replace("_", "-")
-            raise r2o.UsageError(
-                f"{path} was trained with {flag} {then}, now it is {now}: "
-                f"pass {flag} {then} to go on, or another --out to start anew"
-            )
-    return checkpoint
+def deaf(worker: int):
+    """Workers leave signals that a batch system sends to every process to the training process, which ends them."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
-def export(path: Path, model: r2o.R2O, args, epoch: int):
+def to_device(batches, device: torch.device):
+    """Batches, moved to `device` but for their factors; on a GPU each is copied while the one before is trained on."""
+    if device.type == "cpu":
+        yield from batches
+        return
+    stream, ahead = torch.cuda.Stream(device), None
+    for batch in itertools.chain(batches, [None]):
+        coming = None
+        if batch is not None:
+            with torch.cuda.stream(stream):
+                moved = {n: x if n == "factors" else x.to(device, non_blocking=True) for n, x in batch.items()}
+                coming = moved, stream.record_event()
+        if ahead is not None:
+            current = torch.cuda.current_stream(device)
+            current.wait_event(ahead[1])
+            for x in ahead[0].values():
+                if x.is_cuda:
+                    x.record_stream(current)
+            yield ahead[0]
+        ahead = coming
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is written
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def export(path: Path, model: r2o.R2O, args, epoch: int) -> bool:
     """The online encoder under torchvision's parameter names, with plain-typed metadata."""
     weights = {name: x.cpu().contiguous() for name, x in model.online["encoder"].state_dict().items()}
     file = {"arch": args.arch, "epoch": epoch, "args": vars(args), "state_dict": weights}
-    r2o.save_atomically(path, lambda f: torch.save(file, f))
+    return files.attempt(path, lambda f: torch.save(file, f))
 
 
 def film_images(data: r2o.ImageRegions, count: int) -> dict[str, torch.Tensor]:
     """`count` whole images, evenly spaced, with their regions: the same ones after every epoch."""
     samples = [data[0, i] for i in np.linspace(0, len(data) - 1, count).astype(int)]
-    return {key: torch.stack([s[key] for s in samples]) for key in ("image", "regions")}
+    film = {key: torch.stack([s[key] for s in samples]) for key in ("image", "regions")}
+    return film | {"image": film["image"].movedim(-1, 1)}  # (n, 3, S, S)
 
 
 @torch.no_grad()
@@ -164,148 +220,468 @@ def draw_strip(path: Path, model: r2o.R2O, film: dict, masks: list, k: int, epoc
     columns = [("image", image), (f"prior, R = {int(prior.max()) + 1}", r2o.paint(image, prior))]
     columns += [(f"epoch {e}, K = {k}", r2o.paint(image, m)) for e, k, m in shown]
     strip = r2o.film_strip(columns, zoom=max(1, 128 // image.shape[-1]))
-    r2o.save_atomically(path, lambda f: strip.save(f, "PNG"))
+    files.attempt(path, lambda f: strip.save(f, "PNG"))
+    return strip
 
 
-def train(args):
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def telling_epochs(args) -> list[int]:
+    """The first, the last of the warm-up and of the plateau, thirds, and the last."""
+    thirds = {round(args.epochs * i / 3) for i in (1, 2, 3)}
+    return sorted(e for e in {1, round(args.epochs / 100), args.hold_epochs} | thirds if 1 <= e <= args.epochs)
+
+
+def amount(x: float, units: tuple) -> str:
+    """x in the largest of the units, ((size, name), ...), that it fills."""
+    size, name = next((unit for unit in units if x >= unit[0]), units[-1])
+    return f"{x / size:.3g} {name}"
+
+
+def duration(seconds: float) -> str:
+    return amount(seconds, ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds")))
+
+
+def size_of(count: float) -> str:
+    return amount(count, ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")))
+
+
+def print_plan(args, world: int, images: int, maps_file: Path, seconds_per_map: float):
+    per_epoch, parts = images // args.batch_size, world * args.accum
+    steps = args.epochs * per_epoch
+    group = min(args.kmeans_group, args.batch_size // parts)
+    print(f"{images:,} images: {args.epochs} epochs of {per_epoch:,} steps, {steps:,} in all")
+    print(
+        f"batches of {args.batch_size}: {world} process(es) x {args.accum} part(s) x {args.batch_size // parts} images,"
+        f" {args.batch_size // group} K-means of {group} images a step"
+    )
+    maps = f"region maps: {size_of(images * (args.size // 4) ** 2)}"
+    if maps_file.exists():
+        print(f"{maps}, there, in {maps_file}")
+    else:
+        print(f"{maps}, to be made in {maps_file}: {duration(images * seconds_per_map / cores())} on {cores()} cores")
+    print("epoch    K  learning rate      tau   (at its end)")
+    for epoch in telling_epochs(args):
+        k, lr, tau = schedule(args, epoch * per_epoch - 1, per_epoch)
+        print(f"{epoch:5} {k:4} {lr:14.4g} {tau:8.5f}")
+
+
+def memory(model: r2o.R2O, images: int, size: int, device) -> float:
+    """Bytes that training takes on `device` with so many images at a time, about: weights, gradients, momentum and the
+    update; views in full precision; and what the encoder keeps of them for the way back, measured on 2 and 4 views."""
+    kept = []
+    for views in (2, 4):
+        x = torch.zeros(views, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+        storages = {}
+
+        def keep(t, storages=storages):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast(device):
+            c5 = r2o.encode(model.online["encoder"], x)
+        kept.append(sum(storages.values()))
+        del c5
+    weights = sum(p.nbytes for p in model.parameters())
+    weights += 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return weights + images * ((kept[1] - kept[0]) + 6 * 12 * size**2)  # 2 views: kept; 6 images in float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def schedule(args, step: int, per_epoch: int) -> tuple[int, float, float]:
+    """K, learning rate and tau of an optimiser step, counted from 0."""
+    steps = args.epochs * per_epoch
+    k = r2o.num_clusters(step // per_epoch + 1, args.epochs, args.k_start, args.k_end, args.hold_epochs, args.schedule)
+    peak = args.lr * args.batch_size / 256 * (k / args.lr_k if args.lr_k else 1)
+    return k, r2o.learning_rate(step, steps, steps // 100, peak), r2o.target_momentum(step, steps, args.tau)
+
+
+def autocast(device: torch.device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def gradients(ddp, batches, parts: int, k: int, generator: torch.Generator) -> tuple[dict, list]:
+    """Leaves the gradients of the mean loss over a whole batch, the next `parts` of batches, in the parameters. Returns
+    what `R2O` reports, averaged over the parts (the loss: over all pairs), and the gradients."""
+    reports, total = [], 0
+    for part in range(parts):
+        batch = next(batches)
+        images = r2o.normalize(batch["image"].movedim(-1, 1)).contiguous(memory_format=torch.channels_last)
+        views, flips, factors = (batch[n].transpose(0, 1).flatten(0, 1) for n in ("views", "flips", "factors"))
+        views = r2o.augment(views.movedim(-1, 1), flips, factors)  # (2B, 3, S, S): first views, then second
+        views = views.contiguous(memory_format=torch.channels_last)
+        more = part < parts - 1 and isinstance(ddp, DistributedDataParallel)
+        with ddp.no_sync() if more else contextlib.nullcontext():
+            with autocast(images.device):
+                loss, report = ddp(images, views, batch["regions"], batch["boxes"], batch["flips"], k, generator)
+            pairs = report.pop("total")  # of all ranks
+            (loss * pairs).backward()  # a sum over pairs: how many there are in all is known after the last part
+        total = total + pairs
+        report |= {"loss": loss.detach() * pairs, "unreadable": batch["unreadable"].float().mean()}
+        reports.append({name: x.to(pairs.device, non_blocking=True) for name, x in report.items()})
+    grads = [p.grad for p in ddp.parameters() if p.grad is not None]
+    torch._foreach_mul_(grads, 1 / total.clamp(min=1))
+    means = {name: sum(r[name] for r in reports) / parts for name in reports[0]}
+    return means | {"loss": means["loss"] * parts / total.clamp(min=1)}, grads
+
+
+def take_step(ddp, optimizer, batches, args, step: int, per_epoch: int, told: bool) -> tuple[dict, bool, bool]:
+    """One step of optimiser and target, or none where the loss or a gradient is not finite. Returns what to watch,
+    whether the step was skipped, and whether any process was told to stop: alike on all of them."""
+    model = ddp.module if isinstance(ddp, DistributedDataParallel) else ddp
+    k, lr, tau = schedule(args, step, per_epoch)
+    generator = torch.Generator().manual_seed((args.seed << 32) + step)  # alike on all ranks
+    statistics = [b for b in model.buffers() if b.is_floating_point()]  # of batch norm
+    before = torch._foreach_add(statistics, 0)
+    optimizer.zero_grad()
+    watch, grads = gradients(ddp, batches, args.accum, k, generator)
+    finite = torch.stack(torch._foreach_norm(grads)).isfinite().all() & watch["loss"].isfinite()
+    flags = torch.stack([~finite, torch.tensor(told, device=finite.device)]).float()
+    if ddp is not model:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    skip, stop = flags.bool().tolist()
+    if skip:
+        torch._foreach_copy_(statistics, before)
+    else:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        model.update_target(tau)
+    return watch, skip, stop
+
+
+def meet(rank: int, world: int) -> dist.Store:
+    """The store through which the processes of this attempt, and no others, find each other: each asks rank 0, under a
+    name of its own, for the attempt's. torchrun's workers, when it starts them anew, share a store with those that
+    died, and would else read addresses of the dead in it (github.com/pytorch/pytorch/issues/135712)."""
+    patience = datetime.timedelta(days=7)  # other nodes may still be making their region maps
+    store = next(dist.rendezvous("env://", rank, world, timeout=patience))[0]
+    attempt = name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks {rank}", name)
+        store.wait([f"answer {name}"], patience)
+        attempt = store.get(f"answer {name}").decode()
+        store.set(f"heard {attempt} {rank}", "")
+    else:
+        others = range(1, world)
+        while not store.check([f"heard {attempt} {r}" for r in others]):
+            for r in others:
+                if store.check([f"asks {r}"]):
+                    store.set(f"answer {store.get(f'asks {r}').decode()}", attempt)
+            time.sleep(0.05)
+    return dist.PrefixStore(attempt, store)
+
+
+def build(args, num_regions: int, rank: int, world: int, device, checkpoint: dict | None = None):
+    """Ties the processes together: model, the same under DDP, optimiser, and rank 0's checkpoint, loaded everywhere."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if world > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=meet(rank, world), rank=rank, world_size=world)
+        shared = [checkpoint]  # not read by each: their folders, or what they hold by now, may differ
+        dist.broadcast_object_list(shared)
+        checkpoint = shared[0]
+    torch.manual_seed(args.seed)  # all processes start from the same weights
+    settings = {"assign": args.assign, "hidden": args.hidden, "dim": args.dim, "compile": args.compile}
+    model = r2o.R2O(args.arch, num_regions, args.kmeans_group, **settings)
+    if world > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = r2o.LARS([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=args.weight_decay)
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        for group in optimizer.param_groups:
+            group["weight_decay"] = args.weight_decay
+    ddp = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    return model, ddp, optimizer, checkpoint
+
+
+def load_batches(data: r2o.ImageRegions, batches, args, device):
+    """One loader over all epochs: its workers fetch across their ends."""
+    settings = {"num_workers": args.workers, "pin_memory": device.type == "cuda", "worker_init_fn": deaf}
+    return to_device(torch.utils.data.DataLoader(data, batch_sampler=batches, **settings), device)
+
+
+def dry_run(args, images: files.ImageList, maps_file: Path, rank: int, world: int, device) -> int:
+    """Prints the plan, and times a few steps on at most 256 of the images, over and over."""
+    names = (images[i] for i in np.linspace(0, len(images) - 1, min(256, len(images))).astype(int))
+    sample = files.ImageList(images.root, ((name, 0) for name in names))
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        maps_of_sample = Path(folder) / "regions.npy"
+        settings = args.prior, args.segments, args.size // 4, args.workers
+        maps, header = files.region_maps(sample, maps_of_sample, *settings)
+        seconds = (time.perf_counter() - began) * max(args.workers, 1) / len(sample)
+        check(args, world, len(images), header["num_regions"])
+        if rank == 0:
+            print_plan(args, world, len(images), maps_file, seconds)
+        model, ddp, optimizer, _ = build(args, header["num_regions"], rank, world, device)
+        share = args.batch_size // world // args.accum
+        need = memory(model, share, args.size, device)
+        if device.type == "cuda":
+            have = torch.cuda.mem_get_info(device)[1]
+        else:
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / here
+        fits = f"about {size_of(need)} for {share} images at a time, of {size_of(have)} that there are"
+        if rank == 0:
+            print(f"memory of each process: {fits}", flush=True)
+        if need > have:
+            raise r2o.UsageError(
+                f"too little memory ({fits}): raise --accum, lower --batch-size, or take more processes"
+            )
+        data = r2o.ImageRegions(sample, maps, header, args.size, args.seed)
+        warm, timed = 2, 5
+        order = itertools.cycle(range(len(data)))
+        keys = [[(rank, next(order)) for _ in range(share)] for _ in range((warm + timed) * args.accum)]
+        batches, taken = load_batches(data, keys, args, device), []
+        per_epoch = len(images) // args.batch_size
+        for step in range(warm + timed):
+            began = time.perf_counter()
+            take_step(ddp, optimizer, batches, args, step, per_epoch, told=False)
+            taken.append(time.perf_counter() - began)
+    if rank == 0:
+        each = statistics.median(taken[warm:])
+        print(
+            f"{timed} steps took {each:.3g} s each ({min(taken[warm:]):.3g} to {max(taken[warm:]):.3g}) on {world} x "
+            f"{device.type}, ops: {r2o.extension(device)}: {args.batch_size / each:.4g} images/s, "
+            f"{duration(each * args.epochs * per_epoch)} in all"
+        )
+        if device.type == "cuda":
+            print(f"memory of rank 0, at most: {size_of(torch.cuda.max_memory_allocated(device))}")
+    return 0
+
+
+def alarms(record: dict) -> list[str]:
+    """What in an epoch's record says that training goes wrong."""
+    said = []
+    if record["spread"] < 0.1:
+        said.append("the projections have collapsed to a point (spread near 0): lower --lr, or raise --tau")
+    if record["pairs"] == 0:
+        said.append("no mask is seen by both views: nothing is learned; are the images larger than a few pixels?")
+    if record["K"] > 1 and record["largest"] > 0.95:
+        said.append("one cluster owns almost everything: the features have collapsed")
+    if record["skipped"]:
+        said.append(f"{record['skipped']} steps were skipped, loss or gradients were not finite: consider a lower --lr")
+    return said
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """The stop signals that have come in, as a list that grows."""
+    told = []
+    before = {n: signal.signal(n, lambda n, _: told.append(n)) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(args) -> int:
+    """Returns the exit status."""
     env = os.environ.get
     rank, world, local = int(env("RANK", "0")), int(env("WORLD_SIZE", "1")), int(env("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     out = Path(args.out)
-
-    # Data. The region maps are made once, before the processes are tied together: the others wait without a timeout.
-    root, names = r2o.list_images(args.data)
-    check(args, world, len(names), num_regions=256)
     maps_file = Path(args.regions or out / "regions.npy")
+    images = files.list_images(args.data, args.subset)
+    check(args, world, len(images), num_regions=256)
+    if args.dry_run:
+        return dry_run(args, images, maps_file, rank, world, device)
     for folder in (out, maps_file.parent):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise r2o.UsageError(f"cannot make the folder {folder} ({e.strerror}): pass another") from None
-    checkpoint = load_checkpoint(out / "last.pth", args)
-    waited = 0
-    while rank > 0 and not maps_file.with_suffix(".json").exists():
-        time.sleep(0.5)
-        waited += 1
-        if waited == 120:
-            print(f"rank {rank} waits for rank 0 to make {maps_file}, which all must see", file=sys.stderr, flush=True)
-    maps, header = r2o.region_maps(root, names, maps_file, args.prior, args.segments, args.size // 4, args.workers)
-    data = r2o.ImageRegions(root, names, maps, header, args.size, args.seed)
+    checkpoint = None
+    if rank == 0 and not args.prepare:
+        lock = files.claim(out)  # noqa: F841
+        checkpoint = files.load_checkpoint(out, args, images.names)
+
+    # The region maps are made once, before the processes are tied together: the others wait without a timeout.
+    settings = args.prior, args.segments, args.size // 4, cores() if args.workers else 0
+    maps, header = files.region_maps(images, maps_file, *settings)
+    data = r2o.ImageRegions(images, maps, header, args.size, args.seed)
     check(args, world, len(data), header["num_regions"])
-    first_epoch = checkpoint["epoch"] if checkpoint else 0
-    masks = checkpoint["masks"] if checkpoint else []  # the film so far
+    found = f"{len(data)} images of at most {header['num_regions']} regions ({len(header['unreadable'])} unreadable)"
+    if args.prepare:
+        if rank == 0:
+            print(f"{maps_file}: {found}")
+        return 0
 
-    # Processes, networks, optimiser.
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    torch.manual_seed(args.seed)  # all processes start from the same weights
-    model = r2o.R2O(
-        args.arch, header["num_regions"], args.kmeans_group, assign=args.assign, hidden=args.hidden, dim=args.dim
-    )
-    if world > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model = model.to(device, memory_format=torch.channels_last)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = r2o.LARS(parameters, lr=0.0, weight_decay=args.weight_decay)
+    model, ddp, optimizer, checkpoint = build(args, header["num_regions"], rank, world, device, checkpoint)
+    parameters = list(model.parameters())
+    per_epoch = len(data) // args.batch_size
+    steps = args.epochs * per_epoch
+    state = {"step": 0, "streak": 0, "taken": 0, "skipped": 0, "sums": {}, "masks": []}
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    ddp = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
-
-    # One loader over all epochs: its workers fetch across their ends.
-    pin = device.type == "cuda"
-    batches = Batches(len(data), args.batch_size, first_epoch, args.epochs, args.seed, rank, world)
-    loader = torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=args.workers, pin_memory=pin)
-    fetch = iter(loader)
-    steps_per_epoch = len(data) // args.batch_size
-    steps = args.epochs * steps_per_epoch
-    peak = args.lr * args.batch_size / 256
+        state = {key: checkpoint[key] for key in state}
+    del checkpoint
+    first, streak, skipped, taken, masks = (state[key] for key in ("step", "streak", "skipped", "taken", "masks"))
+    order = Batches(len(data), args.batch_size, range(first, steps), args.seed, rank, world, args.accum)
+    batches = load_batches(data, order, args, device)
 
     if rank == 0:
         film = film_images(data, min(32, len(data)))
         print(f"{args.arch} on {world} x {device.type}, ops: {r2o.extension(device)}")
-        print(f"{len(data)} images of at most {header['num_regions']} regions ({len(header['unreadable'])} unreadable)")
-        print(f"{args.epochs} epochs of {steps_per_epoch} steps of {args.batch_size} images")
-        if checkpoint:
-            print(f"going on after epoch {first_epoch} from {out / 'last.pth'}")
-        if (out / "log.jsonl").exists():  # an epoch that was logged but not saved is done again
-            rows = (out / "log.jsonl").read_bytes().splitlines(keepends=True)
-            rows = [row for row in rows if row.endswith(b"\n") and json.loads(row)["epoch"] <= first_epoch]
-            r2o.save_atomically(out / "log.jsonl", lambda f: f.writelines(rows))
+        print(found)
+        print(f"{args.epochs} epochs of {per_epoch} steps of {args.batch_size} images")
+        if first:
+            print(f"going on after step {first}, {first % per_epoch} of {per_epoch} in epoch {first // per_epoch + 1}")
         sys.stdout.flush()
+        log = []  # an epoch that was logged but not saved is done again
+        if (out / "log.jsonl").exists():
+            log = [r for r in (out / "log.jsonl").read_bytes().splitlines(keepends=True) if r.endswith(b"\n")]
+            log = [row for row in log if json.loads(row)["epoch"] <= first // per_epoch]
+            files.attempt(out / "log.jsonl", lambda f: f.writelines(log))
+        board = None
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
 
-    for epoch in range(first_epoch, args.epochs):
-        k = r2o.num_clusters(epoch + 1, args.epochs, args.k_start, args.k_end, args.hold_epochs, args.schedule)
-        factor = k / args.lr_k if args.lr_k else 1.0
-        sums: dict[str, torch.Tensor] = {}
-        began = time.perf_counter()
-        bar = tqdm(total=steps_per_epoch, desc=f"epoch {epoch + 1}/{args.epochs}", disable=rank > 0, dynamic_ncols=True)
-        for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
-            batch = next(fetch)
-            factors = batch.pop("factors").transpose(0, 1).flatten(0, 1)  # (2B, 11): first views, then second
-            batch = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
-            images = r2o.normalize(batch["image"]).contiguous(memory_format=torch.channels_last)
-            views = r2o.augment(batch["views"].transpose(0, 1).flatten(0, 1), factors)
-            views = views.contiguous(memory_format=torch.channels_last)
+            board = SummaryWriter(out / "tensorboard", purge_step=first // per_epoch + 1)
 
-            lr = r2o.learning_rate(step, steps, steps // 100, peak) * factor
-            tau = r2o.target_momentum(step, steps, args.tau)
-            generator = torch.Generator().manual_seed((args.seed << 32) + step)  # alike on all ranks
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss, stats = ddp(images, views, batch["regions"], batch["boxes"], batch["flips"], k, generator)
-            optimizer.zero_grad()
-            loss.backward()
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            model.update_target(tau)
-
-            for name, value in {"loss": loss.detach(), **stats}.items():
-                sums[name] = sums.get(name, 0) + value.to(device, non_blocking=True)
+    sums: dict[str, torch.Tensor] = {}  # of this epoch and process, since they were last gathered
+    bar, stop = None, False
+    with stop_signals() as told:
+        for step in range(first, steps):
+            epoch, done = step // per_epoch, step % per_epoch
+            k, lr, tau = schedule(args, step, per_epoch)
+            if bar is None:
+                title = f"epoch {epoch + 1}/{args.epochs}"
+                bar = files.bar(total=per_epoch, initial=done, desc=title, disable=rank > 0)
+                began, began_at = time.perf_counter(), done
+            watch, skip, stop = take_step(ddp, optimizer, batches, args, step, per_epoch, bool(told))
+            if skip:
+                streak, skipped = streak + 1, skipped + 1
+            else:
+                streak, taken = 0, taken + 1
+                for name, value in watch.items():
+                    sums[name] = sums.get(name, 0) + value.double()
+            if streak == BAD_STEPS:
+                raise r2o.UsageError(
+                    f"{BAD_STEPS} steps in a row, up to step {step + 1}, gave a loss or gradients that are not finite: "
+                    f"{out / 'last.pth'} is from before; go on from it with a lower --lr and --changed"
+                )
             bar.update()
-            if bar.n % 10 == 1:
-                speed = bar.n * args.batch_size / (time.perf_counter() - began)
-                bar.set_postfix_str(f"loss {loss:.3f}, K {k}, lr {lr:.2g}, tau {tau:.4f}, {speed:.0f} images/s")
-        bar.close()
+            if done % 10 == 0:
+                speed = (done + 1 - began_at) * args.batch_size / (time.perf_counter() - began)
+                shown = f"loss {watch['loss']:.3f}, K {k}, lr {lr:.2g}, tau {tau:.4f}, {speed:.0f} images/s"
+                bar.set_postfix_str(shown, refresh=False)
+            ends = done + 1 == per_epoch
+            if not (ends or stop or (args.save_every and (step + 1) % args.save_every == 0)):
+                continue
 
-        means = torch.stack(list(sums.values())) / steps_per_epoch / world
-        if world > 1:
-            dist.all_reduce(means)
-        seconds = time.perf_counter() - began
-        record = {"epoch": epoch + 1, **dict(zip(sums, means.tolist(), strict=True)), "K": k, "lr": lr, "tau": tau}
-        record["images/s"] = steps_per_epoch * args.batch_size / seconds
-        if not (np.isfinite(record["loss"]) and all(p.isfinite().all() for p in parameters)):
-            raise r2o.UsageError(f"epoch {epoch + 1} ends in NaN or infinity: lower --lr; the epoch before is kept")
-        if rank == 0:
-            draw_strip(out / "strip.png", model, film, masks, k, epoch + 1, args.seed, device)
-            state = {"epoch": epoch + 1, "args": vars(args), "masks": masks}
-            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            if args.keep_every and (epoch + 1) % args.keep_every == 0:
-                export(out / f"epoch_{epoch + 1:04}.pth", model, args, epoch + 1)
-            with open(out / "log.jsonl", "a") as log:
-                print(json.dumps(record), file=log)
-            r2o.save_atomically(out / "last.pth", lambda f: torch.save(state, f))  # last: what precedes can be redone
+            # Gather, look, save.
+            if sums:
+                total = torch.stack(list(sums.values()))
+                if world > 1:
+                    dist.all_reduce(total)
+                for name, value in zip(sums, total.tolist(), strict=True):
+                    state["sums"][name] = state["sums"].get(name, 0) + value / world
+                sums = {}
+            if not torch.stack(torch._foreach_norm(parameters)).isfinite().all():
+                raise r2o.UsageError(
+                    f"the weights are not finite after step {step + 1}: {out / 'last.pth'} is from before; "
+                    "go on from it with a lower --lr and --changed"
+                )
+            lost = 0
+            if ends:
+                bar.close()
+                speed = (done + 1 - began_at) * args.batch_size / (time.perf_counter() - began)
+                record = {"epoch": epoch + 1, "K": k, "lr": lr, "tau": tau}
+                record |= {name: value / max(taken, 1) for name, value in state["sums"].items()}
+                lost = record["unreadable"] = round(record.get("unreadable", 0) * taken * args.batch_size)
+                record |= {"skipped": skipped, "images/s": speed}
+                if rank == 0:
+                    end_epoch(record, model, film, masks, log, board, args, device)
+                bar, state["sums"], taken, skipped = None, {}, 0, 0
+            if rank == 0:
+                state |= {"step": step + 1, "streak": streak, "taken": taken, "skipped": skipped, "masks": masks}
+                file = {"epoch": (step + 1) // per_epoch, "args": vars(args), "names": images.names}
+                file |= state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                saved = files.attempt(out / "last.pth", lambda f: torch.save(file, f), keep=out / "previous.pth")
+                if stop and not saved:
+                    raise r2o.UsageError(
+                        f"told to stop, but {out / 'last.pth'} could not be saved: the one before stays"
+                    )
+            if lost > per_epoch * args.batch_size / 100:
+                raise r2o.UsageError(
+                    f"{lost} images of epoch {epoch + 1}, more than 1 %, can no longer be read: mend that, start again"
+                )
+            if stop and step + 1 < steps:
+                if rank == 0:
+                    print(f"told to stop: saved after step {step + 1}; the same command goes on", flush=True)
+                return STOPPED
 
     if rank == 0:
-        export(out / "r2o.pth", model, args, args.epochs)
+        if board:
+            board.close()
+        if not export(out / "r2o.pth", model, args, args.epochs):
+            raise r2o.UsageError(
+                f"training is done, but {out / 'r2o.pth'} could not be written: make room, start again"
+            )
         print(f"wrote {out / 'r2o.pth'}")
+    return 0
+
+
+def end_epoch(record: dict, model, film: dict, masks: list, log: list, board, args, device):
+    """Rank 0's: the epoch's health in a line, log.jsonl, strip.png, epoch_0100.pth."""
+    out, epoch = Path(args.out), record["epoch"]
+    strip = draw_strip(out / "strip.png", model, film, masks, record["K"], epoch, args.seed, device)
+    if args.keep_every and epoch % args.keep_every == 0:
+        export(out / f"epoch_{epoch:04}.pth", model, args, epoch)
+    log.append(json.dumps(record).encode() + b"\n")
+    files.attempt(out / "log.jsonl", lambda f: f.writelines(log))
+    if board:
+        for name, value in record.items():
+            board.add_scalar(name, value, epoch)
+        board.add_image("strip", np.asarray(strip), epoch, dataformats="HWC")
+    if "loss" not in record:
+        print(f"epoch {epoch}: all {record['skipped']} steps were skipped, loss or gradients were not finite")
+    else:
+        print(
+            "epoch {epoch}: loss {loss:.3f}, spread {spread:.2f}, {masks:.1f} masks and {pairs:.1f} pairs an image, "
+            "{clusters:.1f} of {K} clusters used, the largest {largest:.1%}, {skipped} steps skipped, "
+            "{unreadable} images unreadable, {images/s:.0f} images/s".format(**record)
+        )
+        for alarm in alarms(record):
+            print(f"train.py: warning: epoch {epoch}: {alarm}", file=sys.stderr)
+    sys.stdout.flush()
 
 
 def main(argv=None):
-    problem = None
+    problem, status = None, 2
     try:
-        train(parse_args(argv))
+        status = train(parse_args(argv))
     except r2o.UsageError as e:
         problem = str(e).splitlines()[-1]  # a loader worker's traceback comes before it
-    if dist.is_initialized():  # after train()'s DDP is gone: were it the last to let go of gloo, it could deadlock
-        dist.destroy_process_group()
-    if problem:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"train.py: error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    except torch.OutOfMemoryError as e:
+        problem = f"the GPU's memory is too small ({str(e).splitlines()[0]}): raise --accum or lower --batch-size"
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        status = 1
+    if problem and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"train.py: error: {problem}", file=sys.stderr)
+    if dist.is_initialized():
+        if status in (1, 2):  # at once, for torchrun to start anew: taking leave of processes that are gone can hang
+            sys.stderr.flush()
+            os._exit(status)
+        dist.destroy_process_group()  # after train()'s DDP is gone: were it the last to let go, gloo could deadlock
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import platform
 import re
 import statistics
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
@@ -33,13 +34,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision import datasets
 from torchvision.ops import roi_align
+from torchvision.transforms import v2 as transforms
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import files
 import r2o
 
 GROUP, ITERS, LLOYD = 32, 20, 5  # images in a K-means; Lloyd iterations in training; those timed on their own
 CLUSTERS = (128, 64, 16, 4)
+PARTS = "pooling clustering masks train evaluation loading listing".split()
 PEERS = {"scikit-learn": "sklearn", "faiss-cpu": "faiss", "fast-pytorch-kmeans": "fast_pytorch_kmeans"}
 PEERS["flash-kmeans"] = "flash_kmeans"
 EVALUATION = [(64, 196, 1024), (16, 784, 2048), (4, 3136, 2048)]  # problems, points, dimensions at K = 5
@@ -141,9 +146,10 @@ class Bench:
     def __init__(self, device: torch.device, seconds: float):
         self.device, self.seconds, self.rows, self.rates = device, seconds, [], rates(device)
 
-    def race(self, what, contestants: dict, bytes_moved=0.0, flop=0.0, inertia=None, less=None, amp=False):
+    def race(self, what, contestants: dict, bytes_moved=0.0, flop=0.0, inertia=None, less=None, amp=False, timer=once):
         """Times contestants[name](), the first being ours, in turns. less: {name: f}, whose median time is taken off,
-        for a part that has no function of its own. inertia: output -> what K-means minimises."""
+        for a part that has no function of its own. inertia: output -> what K-means minimises. timer: (f, device) ->
+        milliseconds."""
         gemm = "GEMM bfloat16 GFLOP/s" if amp and self.device.type == "cuda" else "GEMM float32 GFLOP/s"
         floor = max(bytes_moved / self.rates["copy GB/s"], flop / self.rates[gemm]) / 1e6
         taken = {name: [] for name in contestants}
@@ -160,7 +166,7 @@ class Bench:
         off = {name: [] for name in less or ()}
         while turns < 3 or (turns < 50 and time.perf_counter() - began < self.seconds):
             for name, f in contestants.items():
-                taken[name].append(once(f, self.device))
+                taken[name].append(timer(f, self.device))
                 if name in off:
                     off[name].append(once(less[name], self.device))
             turns += 1
@@ -209,11 +215,11 @@ def pictures(folder: str | None, count: int) -> list[Image.Image]:
         low = torch.rand(count, 3, 9, 9, generator=torch.Generator().manual_seed(0))
         smooth = F.interpolate(low, size=224, mode="bicubic").clamp(0, 1)
         return [Image.fromarray((x.permute(1, 2, 0) * 255).byte().numpy()) for x in smooth]
-    root, names = r2o.list_images(folder)
-    if len(names) < count:
-        raise r2o.UsageError(f"{folder} holds {len(names)} images: at least {count} are needed")
-    files = [root / name.decode() for name in names[:count]]
-    return [Image.open(f).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC) for f in files]
+    found = files.list_images(folder)
+    if len(found) < count:
+        raise r2o.UsageError(f"{folder} holds {len(found)} images: at least {count} are needed")
+    paths = [found.path(i) for i in range(count)]
+    return [Image.open(f).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC) for f in paths]
 
 
 @torch.no_grad()
@@ -576,6 +582,100 @@ def train_step(bench: Bench, data, K: int):
     bench.race(f"train step, ResNet-50, B = {data.B}, K = {K}", contestants, flop=71.5e9 * data.B, amp=True)
 
 
+def by_itself(f, device) -> float:
+    """For contestants that return their time, in ms, what is not to be counted left out."""
+    return f()
+
+
+def authors_samples(folder: Path, images: list[str]):
+    """Their dataset, which computes SLIC anew for every sample, on these files."""
+    sys.modules.setdefault("imp", types.ModuleType("imp"))  # which Python 3.12 has no more, and they do not use
+    spec = importlib.util.spec_from_file_location("r2o_transform", folder / "data/r2o_transform.py")
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    views = theirs.get_transform("train"), theirs.get_transform("train", gb_prob=0.1, solarize_prob=0.2)
+    transform = theirs.MultiViewDataInjector([*views, theirs.get_transform("raw")], 100)
+    dataset = theirs.SSLMaskDataset(str(Path(images[0]).parent), transform=transform)
+    dataset.samples = [(path, None) for path in images]
+    return dataset
+
+
+def photographs(folder: str | None, where: str) -> files.ImageList:
+    """At most 256 images of `folder`, or smooth random ones of 500 x 375."""
+    if folder is None:
+        for i in range(64):
+            low = torch.rand(1, 3, 7, 9, generator=torch.Generator().manual_seed(i))
+            x = F.interpolate(low, size=(375, 500), mode="bicubic").clamp(0, 1)[0]
+            Image.fromarray((x.permute(1, 2, 0) * 255).byte().numpy()).save(f"{where}/{i:03}.jpg", quality=95)
+        folder = where
+    found = files.list_images(folder)
+    return files.ImageList(found.root, ((found[i], 0) for i in range(min(256, len(found)))))
+
+
+def loading(bench: Bench, folder: str | None, authors: Path | None):
+    """Samples from files: in one thread, and from a DataLoader with 2 workers, running; what is left to the device."""
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as where:
+        images = photographs(folder, where)
+        maps, header = files.region_maps(images, f"{where}/maps.npy", "grid")
+        data = r2o.ImageRegions(images, maps, header)
+        n, paths = len(data), [images.path(i) for i in range(len(images))]
+        print(f"{n} images, {np.mean([Path(p).stat().st_size for p in paths]) / 1e3:.0f} kB each on average")
+        keys = [(0, i) for i in range(n)]
+        sets = {"r2o": (data, keys)}
+        if authors:
+            sets["authors"] = authors_samples(authors, paths), range(n)
+        torch.set_num_threads(1)
+
+        def samples(dataset, keys):
+            return lambda: [dataset[key] for key in keys[:GROUP]] and None
+
+        contestants = {name: samples(*d) for name, d in sets.items()}
+        contestants["decoding alone"] = lambda: [r2o.read_image(p) for p in paths[:GROUP]] and None
+        bench.race(f"{GROUP} samples in one thread", contestants)
+
+        def stream(dataset, keys):
+            def run():
+                batches = [[keys[(i + j) % n] for j in range(GROUP)] for i in range(0, (2 + 16) * GROUP, GROUP)]
+                loader = iter(torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=2))
+                next(loader), next(loader)
+                start = time.perf_counter()
+                count = sum(1 for _ in loader)
+                return 1e3 * (time.perf_counter() - start) * GROUP / (count * GROUP)
+
+            return run
+
+        contestants = {name: stream(*d) for name, d in sets.items()}
+        bench.race(f"{GROUP} samples from 2 workers", contestants, timer=by_itself)
+        torch.set_num_threads(threads)
+
+        batch = torch.utils.data.default_collate([data[key] for key in keys[:GROUP]])
+        mb = sum(x.nbytes for x in batch.values()) / GROUP / 1e6
+        print(f"{mb:.3f} MB a sample to the device")
+        views, flips, factors = (batch[name].transpose(0, 1).flatten(0, 1) for name in ("views", "flips", "factors"))
+        views, flips = views.movedim(-1, 1).to(bench.device), flips.to(bench.device)
+        jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8)
+        blur = transforms.RandomApply([transforms.GaussianBlur(23, (0.1, 2.0))], 0.55)
+        rest = [transforms.RandomGrayscale(0.2), blur, transforms.RandomSolarize(0.5, 0.1), r2o.normalize]
+        theirs = transforms.Compose([transforms.ToDtype(torch.float32, scale=True), jitter, *rest])
+        contestants = {"r2o": lambda: r2o.augment(views, flips, factors)}
+        contestants["torchvision v2, image by image"] = lambda: torch.stack([theirs(x) for x in views])
+        bench.race(f"augmentation on the device, {len(views)} views", contestants, 5 * views.numel())
+
+
+def listing(bench: Bench):
+    """A data set of ImageNet's size: 1,000 folders, 1,281,000 (empty) files."""
+    with tempfile.TemporaryDirectory() as where:
+        for c in range(1000):
+            Path(where, f"n{c:08}").mkdir()
+            for i in range(1281):
+                open(f"{where}/n{c:08}/n{c:08}_{i * 37 % 50000}.JPEG", "wb").close()
+        kept = []
+        contestants = {"r2o": lambda: kept.append(files.list_images(where))}
+        contestants["torchvision ImageFolder"] = lambda: kept.append(datasets.ImageFolder(where))
+        bench.race("listing 1,281,000 files", contestants, timer=lambda f, device: kept.clear() or once(f, device))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -633,7 +733,9 @@ def main():
     p.add_argument("--images", help="folder of photographs (default: smooth random images)")
     p.add_argument("--authors", type=Path, help="a checkout of github.com/KKallidromitis/r2o")
     p.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
-    p.add_argument("--only", default="", help="some of: pooling clustering masks train evaluation (default: all)")
+    p.add_argument(
+        "--only", default="", help="some of: pooling clustering masks train evaluation loading listing (default: all)"
+    )
     p.add_argument("--batches", type=int, nargs="+", default=[32, 256], help="multiples of 32")
     p.add_argument("--seconds", type=float, default=10, help="that each comparison goes on for, if 3 turns are less")
     args = p.parse_args()
@@ -644,10 +746,9 @@ def main():
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         p.error("--device cuda, but PyTorch sees no GPU: pass --device cpu")
     device = torch.device(args.device)
-    parts = "pooling clustering masks train evaluation".split()
-    only = args.only.split() or parts
-    if not set(only) <= set(parts):
-        p.error(f"--only {args.only!r}: pass some of {' '.join(parts)}")
+    only = args.only.split() or PARTS
+    if not set(only) <= set(PARTS):
+        p.error(f"--only {args.only!r}: pass some of {' '.join(PARTS)}")
     try:
         images = pictures(args.images, GROUP)
     except r2o.UsageError as e:
@@ -656,7 +757,7 @@ def main():
     theirs = authors_code(args.authors, device) if args.authors else None
     print(f"{machine(device)}, ops: {r2o.extension(device)}, {bench.rates}\n{' | '.join(COLUMNS)}")
     try:
-        for B in args.batches if set(only) - {"evaluation"} else []:
+        for B in args.batches if set(only) - {"evaluation", "loading", "listing"} else []:
             data = make_input(images * (B // GROUP), device)
             if "pooling" in only:
                 pooling(bench, data, theirs)
@@ -668,6 +769,10 @@ def main():
                 train_step(bench, data, 128)
         if "evaluation" in only:
             evaluation(bench)
+        if "loading" in only:
+            loading(bench, args.images, args.authors)
+        if "listing" in only:
+            listing(bench)
     finally:  # what was measured before an interruption is kept
         write(bench, args)
 

@@ -1,9 +1,16 @@
-"""Folders of small pictures, made here."""
+"""Small pictures, made here, and small runs of train.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+import train
 
 torch.set_num_threads(2)
 
@@ -27,3 +34,57 @@ def photos(tmp_path_factory):
         folder.mkdir(exist_ok=True)
         picture(i).save(folder / f"{i:02}.{('png', 'jpg')[i % 3 == 0]}")
     return root
+
+
+ROOT = Path(train.__file__).parent
+SMALL = (
+    "--arch tiny --size 32 --epochs 3 --batch-size 8 --kmeans-group 4 --k-start 6 --k-end 2 "
+    "--hidden 16 --dim 8 --segments 20 --workers 1 --lr 1"
+).split()
+
+
+def command(photos, out, *flags, torchrun=0):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] if torchrun else []
+    return [sys.executable, *launch, "train.py", "--data", str(photos), "--out", str(out), *SMALL, *flags]
+
+
+def run(*args, **kwargs):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command(*args, **kwargs), cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    """Equal to the last bit, all the way down."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="session")
+def finished(photos, tmp_path_factory):
+    """One uninterrupted run."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    return out, run(photos, out, "--keep-every", "2")
+
+
+@pytest.fixture
+def refuse(capsys, monkeypatch):
+    def call(*flags, world=1):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        with pytest.raises(SystemExit) as stop:
+            train.main([str(flag) for flag in flags])
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2 and lines[-1].startswith("train.py: error: ") and "Traceback" not in "".join(lines)
+        return lines[-1]
+
+    return call

@@ -2,61 +2,21 @@
 
 import json
 import os
-import signal
+import re
+import shutil
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import picture
+from conftest import ROOT, SMALL, load, picture, run, same
 from PIL import Image
 from torchvision.models import resnet18
 
+import files
 import r2o
 import train
-
-ROOT = Path(train.__file__).parent
-SMALL = (
-    "--arch tiny --size 32 --epochs 3 --batch-size 8 --kmeans-group 4 --k-start 6 --k-end 2 "
-    "--hidden 16 --dim 8 --segments 20 --workers 1 --lr 1"
-).split()
-
-
-def command(photos, out, *flags, torchrun=0):
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] if torchrun else []
-    return [sys.executable, *launch, "train.py", "--data", str(photos), "--out", str(out), *SMALL, *flags]
-
-
-def run(*args, **kwargs):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(*args, **kwargs), cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def finished(photos, tmp_path_factory):
-    """One uninterrupted run."""
-    out = tmp_path_factory.mktemp("run") / "out"
-    return out, run(photos, out, "--keep-every", "2")
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def same(a, b):
-    """Equal to the last bit, all the way down."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def test_a_run_leaves_weights_log_checkpoint_and_film_strip(finished):
@@ -71,7 +31,7 @@ def test_a_run_leaves_weights_log_checkpoint_and_film_strip(finished):
     strip = Image.open(out / "strip.png")
     assert strip.width == 5 * 132 - 4 and strip.height == 16 + 8 * 132 - 4  # image, prior, three epochs; eight rows
     assert sorted(p.name for p in out.iterdir()) == sorted(
-        ["epoch_0002.pth", "last.pth", "log.jsonl", "r2o.pth", "regions.json", "regions.npy", "strip.png"]
+        ".lock epoch_0002.pth last.pth log.jsonl previous.pth r2o.pth regions.json regions.npy strip.png".split()
     )
 
 
@@ -89,31 +49,12 @@ def test_training_moves_every_weight_and_the_target_follows(finished):
     assert 0 < distance["target"] < distance["online"]
 
 
-@pytest.mark.parametrize("after", [1, 2])
-def test_a_run_killed_between_epochs_and_resumed_ends_with_the_same_bits(photos, finished, tmp_path, after):
-    out = tmp_path / "out"
-    process = subprocess.Popen(
-        command(photos, out), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
-    )
-    deadline = time.time() + 120
-    while not ((out / "last.pth").exists() and load(out / "last.pth")["epoch"] >= after):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (out / "r2o.pth").exists() or after == 2  # killed before its end; the last epoch may be quick
-    assert f"going on after epoch {load(out / 'last.pth')['epoch']}" in run(photos, out)
-    for name in ("r2o.pth", "last.pth"):
-        got, want = load(out / name), load(finished[0] / name)
-        assert same({k: v for k, v in got.items() if k != "args"}, {k: v for k, v in want.items() if k != "args"})
-
-
 def test_a_finished_run_started_again_changes_nothing(photos, finished):
     before = {path.name: path.read_bytes() for path in finished[0].iterdir() if path.suffix != ".pth"}
     weights = load(finished[0] / "r2o.pth")["state_dict"]
     with open(finished[0] / "log.jsonl", "a") as log:
         log.write('{"epoch": 4}\n{"epoch": 5, "lo')  # logged but not saved, and torn: both are dropped
-    assert "going on after epoch 3" in run(photos, finished[0], "--keep-every", "2")
+    assert "going on after step 9" in run(photos, finished[0], "--keep-every", "2")
     assert {path.name: path.read_bytes() for path in finished[0].iterdir() if path.suffix != ".pth"} == before
     assert same(load(finished[0] / "r2o.pth")["state_dict"], weights)
 
@@ -127,18 +68,20 @@ def test_two_processes_train_together(photos, finished, tmp_path):
     assert one["pairs"] == pytest.approx(two["pairs"], rel=0.2) and two["loss"] == pytest.approx(one["loss"], rel=0.3)
 
 
-def test_every_image_is_seen_once_an_epoch_whatever_the_number_of_processes():
-    whole = list(train.Batches(50, 12, 0, 2, seed=1, rank=0, world=1))
+@pytest.mark.parametrize("world, accum", [(3, 1), (1, 3), (2, 3)])
+def test_every_image_is_seen_once_an_epoch_whatever_the_number_of_processes_and_parts(world, accum):
+    whole = list(train.Batches(50, 12, range(8), seed=1))
     assert len(whole) == 8
     for epoch in (0, 1):
         seen = [i for batch in whole[4 * epoch : 4 * epoch + 4] for _, i in batch]
-        assert len(seen) == len(set(seen)) == 48 and {e for b in whole[4 * epoch : 4 * epoch + 4] for e, _ in b} == {
-            epoch
-        }
+        assert len(seen) == len(set(seen)) == 48
+        assert {e for batch in whole[4 * epoch : 4 * epoch + 4] for e, _ in batch} == {epoch}
     assert whole[:4] != whole[4:]
-    shares = [list(train.Batches(50, 12, 0, 2, seed=1, rank=r, world=3)) for r in range(3)]
-    assert [[*a, *b, *c] for a, b, c in zip(*shares, strict=True)] == whole
-    assert list(train.Batches(50, 12, 1, 2, seed=1, rank=0, world=1)) == whole[4:]  # resumed
+    shares = [list(train.Batches(50, 12, range(8), 1, r, world, accum)) for r in range(world)]
+    parts = [[i for share in part for i in share] for part in zip(*shares, strict=True)]  # of all processes
+    assert [[i for part in parts[at : at + accum] for i in part] for at in range(0, 8 * accum, accum)] == whole
+    resumed = list(train.Batches(50, 12, range(5, 8), 1, 0, world, accum))  # inside the second epoch
+    assert resumed == shares[0][5 * accum :]
 
 
 def test_resnet_weights_load_into_torchvision(photos, tmp_path):
@@ -170,20 +113,19 @@ def test_four_steps_of_training_are_what_they_are_written_to_be(photos, tmp_path
             "0",
         ]
     )
-    root, names = r2o.list_images(photos)
-    maps, header = r2o.region_maps(root, names, tmp_path / "regions.npy", num_segments=20, size=8)
-    data = r2o.ImageRegions(root, names, maps, header, 32, seed=7)
+    images = files.list_images(photos)
+    maps, header = files.region_maps(images, tmp_path / "regions.npy", num_segments=20, size=8)
+    data = r2o.ImageRegions(images, maps, header, 32, seed=7)
     torch.manual_seed(7)
     model = r2o.R2O("tiny", header["num_regions"], kmeans_group=4, assign="region", hidden=16, dim=8)
     model = model.to(memory_format=torch.channels_last)
     optimizer = r2o.LARS([p for p in model.parameters() if p.requires_grad], lr=0, weight_decay=0.1)
-    for step, batch in enumerate(train.Batches(24, 12, 0, 2, 7, 0, 1)):
+    for step, batch in enumerate(train.Batches(24, 12, range(4), 7)):
         samples = [data[key] for key in batch]
         x = {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
-        views = r2o.augment(
-            torch.cat([x["views"][:, 0], x["views"][:, 1]]), torch.cat([x["factors"][:, 0], x["factors"][:, 1]])
-        )
-        images = r2o.normalize(x["image"].float() / 255)
+        views, flips, factors = (torch.cat([x[n][:, 0], x[n][:, 1]]) for n in ("views", "flips", "factors"))
+        views = r2o.augment(views.permute(0, 3, 1, 2), flips, factors)
+        images = r2o.normalize(x["image"].permute(0, 3, 1, 2).float() / 255)
         images, views = (t.contiguous(memory_format=torch.channels_last) for t in (images, views))
         k = [r2o.num_clusters(t, 2, 8, 3, 0) for t in (1, 2)][step // 2]
         loss, _ = model(
@@ -224,19 +166,6 @@ def test_one_batch_can_be_overfitted():
 # ---- bad input: one line, exit status 2, nothing lost ----------------------------------------------------------------
 
 
-@pytest.fixture
-def refuse(capsys, monkeypatch):
-    def call(*flags, world=1):
-        monkeypatch.setenv("WORLD_SIZE", str(world))
-        with pytest.raises(SystemExit) as stop:
-            train.main([str(flag) for flag in flags])
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert stop.value.code == 2 and lines[-1].startswith("train.py: error: ") and "Traceback" not in "".join(lines)
-        return lines[-1]
-
-    return call
-
-
 @pytest.mark.parametrize(
     "flags, said",
     [
@@ -246,7 +175,9 @@ def refuse(capsys, monkeypatch):
         (["--k-start", "900"], "900 clusters are more than the regions of one K-means (4 images of at most"),
         (["--size", "40"], "pass a multiple of 32"),
         (["--epochs", "0"], "--epochs must be at least 1"),
-        (["--workers", "-1"], "--workers must not be negative"),
+        (["--workers", "-1"], "--workers must be 0 or more, got -1"),
+        (["--lr", "nan"], "--lr must be 0 or more, got nan"),
+        (["--accum", "3"], "cannot share --batch-size 8 in 3 parts: pass a multiple of 3"),
         (["--out", "/dev/null/out"], "cannot make the folder /dev/null/out (Not a directory): pass another"),
     ],
 )
@@ -277,6 +208,8 @@ def test_region_maps_of_other_data_are_refused(finished, tmp_path, refuse):
     for i in range(24):
         picture(100 + i).save(tmp_path / f"{i}.png")
     said = refuse("--data", tmp_path, "--out", finished[0], *SMALL)
+    assert "was trained on other images" in said
+    said = refuse("--data", tmp_path, "--out", tmp_path / "out", "--regions", finished[0] / "regions.npy", *SMALL)
     assert "belong to other data or settings" in said
 
 
@@ -286,26 +219,143 @@ def test_the_exit_status_is_2_for_the_shell_too():
     assert done.stderr == "train.py: error: no such folder: nowhere; expected a folder of images, flat or nested\n"
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_epoch_before(photos, tmp_path, refuse, monkeypatch):
-    def learning_rate(step, *args):
-        return 0.1 if step < 3 else float("nan")  # the second epoch's
+def test_images_lost_after_the_maps_were_made_are_counted_and_too_many_end_the_run(photos, tmp_path, refuse):
+    """Of 24, one: more than 1 %. What was trained until then is saved."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(photos, data)
+    flags = ["--data", data, "--out", out, *SMALL, "--workers", "1"]
+    train.main([*map(str, flags), "--prepare"])
+    victim = data / "a/04.png"
+    victim.write_bytes(b"x" * victim.stat().st_size)
+    assert "1 images of epoch 1, more than 1 %, can no longer be read" in refuse(*flags)
+    assert load(out / "last.pth")["step"] == 3
+    assert json.loads((out / "log.jsonl").read_text())["unreadable"] == 1
 
-    monkeypatch.setattr(r2o, "learning_rate", learning_rate)
-    said = refuse("--data", photos, "--out", tmp_path, *SMALL, "--workers", "0")
-    assert "epoch 2 ends in NaN or infinity" in said
-    state = load(tmp_path / "last.pth")
-    assert state["epoch"] == 1 and all(x.isfinite().all() for x in state["model"].values())
+
+# ---- the other ways to run it ----------------------------------------------------------------------------------------
 
 
-def test_an_image_lost_after_the_maps_were_made_stops_the_run_in_one_line(tmp_path, refuse):
-    data = tmp_path / "data"
-    data.mkdir()
-    for i in range(8):
-        picture(i).save(data / f"{i}.png")
-    flags = ["--data", data, "--out", tmp_path / "out", *SMALL, "--workers", "1"]
-    root, names = r2o.list_images(data)
-    (tmp_path / "out").mkdir()
-    r2o.region_maps(root, names, tmp_path / "out/regions.npy", num_segments=20, size=8)
-    content = (data / "3.png").read_bytes()
-    (data / "3.png").write_bytes(b"x" * len(content))
-    assert "3.png can no longer be read" in refuse(*flags)
+def test_prepare_makes_the_maps_and_ends(photos, tmp_path, capsys):
+    train.main(["--data", str(photos), "--out", str(tmp_path / "out"), *SMALL, "--prepare"])
+    assert "regions.npy: 24 images of at most" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["regions.json", "regions.npy"]
+
+
+def test_a_dry_run_says_what_it_costs_and_writes_nothing(photos, tmp_path, capsys):
+    train.main(["--data", str(photos), "--out", str(tmp_path / "out"), *SMALL, "--dry-run", "--accum", "2"])
+    said = capsys.readouterr().out
+    assert "24 images: 3 epochs of 3 steps, 9 in all" in said
+    assert "batches of 8: 1 process(es) x 2 part(s) x 4 images, 2 K-means of 4 images a step" in said
+    assert re.search(r"5 steps took [\d.e-]+ s each .* images/s, [\d.e-]+ \w+ in all", said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_of_the_papers_run(capsys, monkeypatch, tmp_path):
+    """K of Fig. 5; the learning rate 0.3 * 4096 / 256 * K / 16; 4 GB of region maps."""
+    monkeypatch.setattr(train, "cores", lambda: 64)
+    train.print_plan(train.parse_args(["--data", "x"]), 8, 1281167, tmp_path / "regions.npy", 0.02)
+    said = capsys.readouterr().out
+    assert "1,281,167 images: 300 epochs of 312 steps, 93,600 in all" in said
+    assert "batches of 4096: 8 process(es) x 1 part(s) x 512 images, 128 K-means of 32 images a step" in said
+    assert "region maps: 4.02 GB" in said and "6.67 minutes on 64 cores" in said
+    table = {
+        int(row.split()[0]): row.split()[1:]
+        for row in said.splitlines()
+        if row.strip()[:1].isdigit() and ":" not in row
+    }
+    assert {epoch: int(row[0]) for epoch, row in table.items()} == {1: 128, 3: 128, 40: 128, 100: 119, 200: 74, 300: 4}
+    assert float(table[3][1]) == pytest.approx(4.8 * 128 / 16, rel=1e-2)  # the warm-up's end
+    assert float(table[300][1]) < 1e-6 and float(table[1][2]) == 0.99 and float(table[300][2]) == 1
+
+
+def test_a_dry_run_refuses_what_does_not_fit_the_memory(photos, tmp_path, refuse, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 1000)
+    said = refuse("--data", photos, "--out", tmp_path / "out", *SMALL, "--dry-run")
+    assert "too little memory (about" in said and "of 1 MB that there are): raise --accum" in said
+
+
+def test_the_memory_that_is_foreseen_is_that_which_is_taken():
+    """Against a count of all storage alive after the forward pass, at another number of images."""
+    model = r2o.R2O("resnet18", hidden=64, dim=32)
+    alive = {}
+
+    def keep(x):
+        alive[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        kept = r2o.encode(
+            model.online["encoder"], torch.zeros(2 * 5, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+        )
+    weights = sum(p.nbytes for p in model.parameters())
+    weights += 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    del kept
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    expected = weights + sum(n for storage, n in alive.items() if storage not in own) + 5 * 6 * 12 * 64**2
+    assert train.memory(model, 5, 64, torch.device("cpu")) == pytest.approx(expected, rel=0.02)
+
+
+def test_accumulated_parts_count_as_one_step(photos, tmp_path):
+    """EMA, schedules and K follow the optimiser's steps: as many, and the same, as without parts."""
+    logs = []
+    for accum in ("1", "2"):
+        out = tmp_path / accum
+        train.main(["--data", str(photos), "--out", str(out), *SMALL, "--workers", "0", "--accum", accum])
+        logs.append([json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()])
+        assert load(out / "last.pth")["step"] == 9
+    for one, two in zip(*logs, strict=True):
+        assert all(one[key] == two[key] for key in ("epoch", "K", "lr", "tau"))
+        assert one["loss"] == pytest.approx(two["loss"], rel=0.3)  # batch norm sees 4 images, not 8
+
+
+def test_no_two_samples_of_an_epoch_are_augmented_alike(photos, tmp_path):
+    """Whichever process draws them."""
+    images = files.list_images(photos)
+    maps, header = files.region_maps(images, tmp_path / "regions.npy", prior="grid", size=8)
+    data = r2o.ImageRegions(images, maps, header, size=32)
+    keys = [key for r in range(4) for batch in train.Batches(24, 8, range(3), 0, r, 4) for key in batch]
+    boxes = torch.stack([data[key]["boxes"] for key in keys])
+    assert len(keys) == 24 and len(boxes.flatten(1).unique(dim=0)) == 24
+
+
+def test_tensorboard_gets_what_the_log_gets(photos, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train.main(["--data", str(photos), "--out", str(tmp_path), *SMALL, "--workers", "0", "--tensorboard"])
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for name in ("loss", "spread", "K", "skipped"):
+        assert [e.value for e in events.Scalars(name)] == pytest.approx([row[name] for row in log])
+    assert [e.step for e in events.Images("strip")] == [1, 2, 3]
+
+
+def test_without_tensorboard_asking_for_it_is_refused(photos, refuse, monkeypatch):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    assert "pip install tensorboard" in refuse("--data", photos, *SMALL, "--tensorboard")
+
+
+def test_a_compiled_encoder_trains_as_the_plain_one(photos, tmp_path, monkeypatch):
+    """Traced whole, there and back, by torch.compile, but without generating code, which takes a minute."""
+    traced, losses = [], []
+
+    def compile(f, compile=torch.compile):
+        traced.append(f)
+        return compile(f, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    for out, flags in ((tmp_path / "plain", []), (tmp_path / "compiled", ["--compile"])):
+        train.main(["--data", str(photos), "--out", str(out), *SMALL, "--workers", "0", "--epochs", "1", *flags])
+        losses.append(json.loads((out / "log.jsonl").read_text())["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert traced == [r2o.encode_c4, r2o.encode]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_batches_copied_ahead_to_a_gpu_are_those_of_the_loader():
+    batches = [{"image": torch.full((4, 8), i).pin_memory(), "factors": torch.full((4,), i)} for i in range(5)]
+    for i, batch in enumerate(train.to_device(iter(batches), torch.device("cuda"))):
+        assert batch["image"].is_cuda and (batch["image"] == i).all()
+        assert batch["factors"].device.type == "cpu" and (batch["factors"] == i).all()
+    assert i == 4

@@ -1,0 +1,338 @@
+"""Files that pretraining reads and writes: lists of images, the cache of their region maps, checkpoints."""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import time
+from array import array
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import r2o
+from r2o import UsageError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+def bar(**kwargs) -> tqdm:
+    """A progress bar; where nobody watches, as in a batch job's log, a line a minute."""
+    return tqdm(dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 60, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lists of images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ImageList:
+    """Relative paths of the images below `root`, as bytes: one string of them all and where each ends. A list of
+    millions is two objects, which forked workers go on sharing. fingerprint: of names and sizes; names: of names."""
+
+    def __init__(self, root: Path, files):
+        """files: (relative path, size in bytes) in the list's order."""
+        self.root, text, ends = root, bytearray(), array("q", [0])
+        digest, names = hashlib.sha256(), hashlib.sha256()
+        for name, size in files:
+            text += name
+            ends.append(len(text))
+            digest.update(b"%b\0%d\n" % (name, size))
+            names.update(name + b"\n")
+        self._text, self._ends = bytes(text), np.array(ends)
+        self.fingerprint, self.names = digest.hexdigest()[:16], names.hexdigest()[:16]
+
+    def __len__(self):
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: int) -> bytes:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self._text[self._ends[i] : self._ends[i + 1]]
+
+    def path(self, i: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self[i]))
+
+
+def list_images(folder: str | Path, subset: str | Path | None = None) -> ImageList:
+    """All images below `folder` (or below folder/train, where that exists), folder by folder in alphabetical order.
+
+    subset: a text file that says which, a line each: a folder ("n01440764"), a file in it ("n01440764/1.JPEG"), or a
+    file name alone ("n01440764_1.JPEG"). Raises UsageError where there are no images, or lines that name none.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UsageError(f"no such folder: {folder}; expected a folder of images, flat or nested")
+    root = root / "train" if (root / "train").is_dir() else root
+    wanted = _read_subset(subset) if subset else None
+    found = set()  # of wanted
+    images = ImageList(root, _scan(os.fsencode(root), b"", set(), wanted, found, wanted is None))
+    if wanted and (missing := sorted(wanted - found)):
+        raise UsageError(
+            f"{len(missing)} of the {len(wanted)} lines of {subset} name nothing in {root}, the first: "
+            f"{os.fsdecode(missing[0])}; expected folders or files below it"
+        )
+    if not len(images):
+        raise UsageError(f"no images in {root}; expected files that end in {' '.join(EXTENSIONS)}")
+    return images
+
+
+def _read_subset(path) -> set[bytes]:
+    try:
+        lines = {line.strip().rstrip(b"/") for line in Path(path).read_bytes().splitlines()} - {b""}
+    except OSError as e:
+        raise UsageError(f"cannot read --subset {path} ({e.strerror}): expected a text file, a name a line") from None
+    if not lines:
+        raise UsageError(f"--subset {path} is empty: expected a name of a folder or an image a line")
+    return lines
+
+
+def _scan(folder: bytes, inside: bytes, seen: set, wanted: set | None, found: set, take: bool):
+    """(relative path, size) of the images in `folder`, then of those in its folders. take: all of them."""
+    if (real := os.path.realpath(folder)) in seen:  # a link to where we have been
+        return
+    seen.add(real)
+    try:
+        with os.scandir(folder) as entries:
+            entries = sorted(entries, key=lambda e: e.name)
+    except OSError as e:
+        raise UsageError(f"cannot read the folder {os.fsdecode(folder)} ({e.strerror})") from None
+    folders, extensions = [], tuple(os.fsencode(e) for e in EXTENSIONS)
+    for entry in entries:
+        if entry.is_dir():
+            folders.append(entry)
+        elif entry.name.lower().endswith(extensions):
+            name = inside + entry.name
+            hits = () if wanted is None else {name, entry.name} & wanted
+            if take or hits:
+                found.update(hits)
+                try:
+                    yield name, entry.stat().st_size
+                except OSError:  # a link to nowhere: unreadable, like other damage
+                    yield name, -1
+    for entry in folders:
+        name = inside + entry.name
+        hits = () if wanted is None else {name, entry.name} & wanted
+        found.update(hits)
+        yield from _scan(entry.path, name + b"/", seen, wanted, found, take or bool(hits))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache of region maps
+# ---------------------------------------------------------------------------------------------------------------------
+
+CHUNK = 1024  # images between two states of the cache that a killed process can go on from
+
+
+def try_lock(path: Path):
+    """An open file that no other process, on this machine or another, holds as long as this one lives; None where
+    another holds it. A process that dies lets go."""
+    try:
+        file = open(path, "w")  # noqa: SIM115
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except (BlockingIOError, PermissionError) as e:
+        if e.filename:  # of open()
+            raise UsageError(f"cannot write {path} ({e.strerror}): pass another folder") from None
+        file.close()
+        return None
+    except OSError as e:
+        raise UsageError(f"cannot lock {path} ({e.strerror}): pass a folder on a disk that can lock files") from None
+
+
+def region_maps(
+    images: ImageList,
+    path: str | Path,
+    prior: str = "slic",
+    num_segments: int = 100,
+    size: int = 56,
+    workers: int = 0,
+) -> tuple[np.ndarray, dict]:
+    """The region maps of all images, (n, size, size) uint8, memory-mapped: read from `path` (.npy, with a header beside
+    it in .json) or, where there is none, computed there once.
+
+    Of all processes that share the folder one computes them, the others wait; killed, it or another goes on from the
+    last CHUNK. The header says what the maps were made from (prior, its parameters, scikit-image's version, a
+    fingerprint of names and file sizes), num_regions (all ids are below it) and which images are unreadable. Raises
+    UsageError where the maps at `path` were made from anything else, where more than 1 % of the images cannot be read,
+    and where the disk is full.
+    """
+    path, header_path = Path(path), Path(path).with_suffix(".json")
+    if path.suffix != ".npy" or path.is_dir():
+        raise UsageError(f"the region maps' file must end in .npy, got {path}")
+    made_from = {
+        "prior": prior,
+        "num_segments": num_segments if prior == "slic" else 196,
+        "size": size,
+        "images": len(images),
+        "scikit-image": importlib.metadata.version("scikit-image"),
+        "fingerprint": images.fingerprint,
+    }
+    waited = 0
+    while not header_path.exists():
+        if lock := try_lock(path.with_suffix(".lock")):
+            with lock:
+                if not header_path.exists():
+                    _make_maps(images, path, header_path, made_from, workers)
+                os.unlink(lock.name)
+            break
+        if waited == 60:
+            print(f"waiting for another process to make {path}", file=sys.stderr, flush=True)
+        time.sleep(0.5)
+        waited += 1
+    try:
+        header, maps = json.loads(header_path.read_text()), np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as e:
+        raise UsageError(f"cannot read the region maps {path} ({e}): delete {path} and {header_path}") from None
+    for key, value in made_from.items():
+        if header.get(key) != value:
+            raise UsageError(
+                f"the region maps in {path} belong to other data or settings ({key} {header.get(key)}, now {value}); "
+                f"delete {path} and {header_path}, or name another file with --regions"
+            )
+    return maps, header
+
+
+def _make_maps(images: ImageList, path: Path, header_path: Path, made_from: dict, workers: int):
+    """Appends map after map to path.partial; after every CHUNK, once that is on the disk, path.progress says so."""
+    partial, progress = path.with_suffix(".partial"), path.with_suffix(".progress")
+    n, size = len(images), made_from["size"]
+    state = {"done": 0, "num_regions": 0, "unreadable": []}
+    if progress.exists() and (saved := json.loads(progress.read_text()))["made_from"] == made_from:
+        if path.exists() and not partial.exists():  # killed before the header was there
+            os.replace(path, partial)
+        if partial.exists():
+            state = {key: saved[key] for key in state}
+    needed = (n - state["done"]) * size**2
+    if (free := shutil.disk_usage(path.parent).free) < needed:
+        raise UsageError(
+            f"the region maps need {needed / 1e9:.2g} GB, {path.parent} has {free / 1e9:.2g} GB left: "
+            "free some, or name another file with --regions"
+        )
+    priors = torch.utils.data.DataLoader(
+        _Priors(images, made_from["prior"], made_from["num_segments"], size),
+        batch_size=None,
+        sampler=range(state["done"], n),
+        num_workers=workers,
+        prefetch_factor=8 if workers else None,
+    )
+    try:
+        with (
+            open(partial, "r+b" if state["done"] else "w+b") as f,
+            bar(desc="region maps", unit="img", total=n, initial=state["done"]) as shown,
+        ):
+            np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (n, size, size)})
+            f.seek(state["done"] * size**2, os.SEEK_CUR)
+            f.truncate()
+            for regions, problem in priors:
+                f.write(regions.numpy().tobytes())
+                state["num_regions"] = max(state["num_regions"], int(regions.max()) + 1)
+                if problem:
+                    state["unreadable"].append([state["done"], problem])
+                    shown.write(f"unreadable: {problem}")
+                if len(state["unreadable"]) > n / 100:
+                    raise UsageError(f"more than 1 % of the images in {images.root} are unreadable, the last {problem}")
+                state["done"] += 1
+                shown.update()
+                if state["done"] % CHUNK == 0 or state["done"] == n:
+                    f.flush()
+                    os.fsync(f.fileno())
+                    saved = json.dumps(state | {"made_from": made_from}).encode()
+                    r2o.save_atomically(progress, lambda f, saved=saved: f.write(saved))
+        os.replace(partial, path)
+        header = made_from | {key: state[key] for key in ("num_regions", "unreadable")}
+        r2o.save_atomically(header_path, lambda f: f.write(json.dumps(header).encode()))
+    except OSError as e:
+        raise UsageError(f"cannot write {partial} ({e.strerror or e}): make room and start again, it goes on") from None
+    progress.unlink()
+
+
+class _Priors(torch.utils.data.Dataset):
+    """The region map of every image, or what is wrong with it: every image is opened once before training starts."""
+
+    def __init__(self, images, prior, num_segments, size):
+        self.images, self.prior, self.num_segments, self.size = images, prior, num_segments, size
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        path = self.images.path(i)
+        try:
+            image = r2o.read_image(path)
+        except OSError as e:
+            return torch.zeros(self.size, self.size, dtype=torch.uint8), f"{path} ({e})"
+        if self.prior == "slic":
+            return r2o.slic_regions(image, self.num_segments, self.size), ""
+        return r2o.grid_regions(size=self.size), ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(out: Path, args, names: str) -> dict | None:
+    """The newest checkpoint in `out` that can be loaded, None where there is none. Refuses one of other settings or of
+    other images. names: the image list's."""
+    damaged = []
+    for path in (out / "last.pth", out / "previous.pth"):
+        if not path.exists():
+            continue
+        try:
+            checkpoint = r2o.load_file(path)
+        except UsageError as e:
+            damaged.append(str(e))
+            continue
+        break
+    else:
+        if damaged:
+            raise UsageError(f"{'; '.join(damaged)}: delete them to start anew, or pass another --out")
+        return None
+    if damaged:  # out of the way, where it would become previous.pth
+        os.replace(out / "last.pth", out / "last.pth.damaged")
+        print(f"train.py: warning: {damaged[0]}; going on from {path}", file=sys.stderr, flush=True)
+    if not {"model", "optimizer", "step", "masks", "args", "names"} <= checkpoint.keys():
+        raise UsageError(f"{path} is not a checkpoint of train.py: delete it, or pass another --out")
+    if checkpoint["names"] != names:
+        raise UsageError(f"{path} was trained on other images than --data {args.data}: pass another --out")
+    free = "data out regions workers keep_every save_every tensorboard prepare dry_run accum compile changed subset"
+    free += " lr lr_k weight_decay tau" if args.changed else ""
+    for key, now in vars(args).items():
+        then = checkpoint["args"].get(key)
+        if key not in free.split() and then != now:
+            flag = "--" + key.replace("_", "-")
+            raise UsageError(
+                f"{path} was trained with {flag} {then}, now it is {now}: "
+                f"pass {flag} {then} to go on, or another --out to start anew"
+                + (" (or --changed)" if key in ("lr", "lr_k", "weight_decay", "tau") else "")
+            )
+    return checkpoint
+
+
+def claim(out: Path):
+    """The lock of OUT, kept as long as this process lives: two runs that write to one folder would spoil each other. A
+    run that was killed, perhaps on another machine, may take a while to be gone."""
+    for waited in range(120):
+        if lock := try_lock(out / ".lock"):
+            return lock
+        if waited == 2:
+            print(f"another train.py is writing to {out}: waiting for it to end", file=sys.stderr, flush=True)
+        time.sleep(1)
+    raise UsageError(f"another train.py is writing to {out}: let it end, or pass another --out")
+
+
+def attempt(path: Path, write, keep: Path | None = None) -> bool:
+    """save_atomically; where the disk is full says so and goes on: there may be room the next time."""
+    try:
+        r2o.save_atomically(path, write, keep)
+    except OSError as e:
+        why = e.strerror or e
+        print(f"train.py: warning: cannot write {path} ({why}): the one before stays", file=sys.stderr, flush=True)
+        return False
+    return True

@@ -1,0 +1,368 @@
+"""What a run of weeks meets: kills, stop signals, torn files, full disks, lost nodes, steps that are not finite. Real
+processes, signals and files."""
+
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, command, load, run, same
+
+import files
+import r2o
+import train
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def start(argv, **kwargs):
+    """A process in a group of its own."""
+    settings = {"cwd": ROOT, "env": ENV, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(argv, start_new_session=True, **(settings | kwargs))
+
+
+def wait_for(condition, process=None, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process is None or process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+
+
+def children(process) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def assert_same_end(out, want, logs=True):
+    """The same weights, optimiser, film and log, to the last bit; only the speed differs."""
+    for name in ("r2o.pth", "last.pth"):
+        got, expected = ({k: v for k, v in load(path / name).items() if k != "args"} for path in (out, want))
+        assert same(got, expected), name
+    if logs:
+        rows = [map(json.loads, (path / "log.jsonl").read_text().splitlines()) for path in (out, want)]
+        assert [r | {"images/s": 0} for r in rows[0]] == [r | {"images/s": 0} for r in rows[1]]
+
+
+# ---- kill -9 ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_bits(photos, finished, tmp_path):
+    """In the midst of the region maps, of a step, of a checkpoint; resumed inside epochs and between."""
+    out = tmp_path / "out"
+    kills = [sys.executable, "tests/kill.py", "20", "0", str(out), "--data", str(photos), *SMALL, "--save-every", "2"]
+    done = subprocess.run(kills, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    moments = done.stdout.split()
+    assert len(moments) == 20 and {"maps", "checkpoint", "training"} <= set(moments), moments
+    ends = sorted(tmp_path.glob("out-*"))
+    assert ends
+    for end in ends:
+        assert_same_end(end, finished[0])
+        maps = [np.load(path / "regions.npy") for path in (end, finished[0])]
+        assert np.array_equal(*maps)
+    assert re.search(r"going on after step \d+, [12] of 3 in", (tmp_path / "out.log").read_text())  # inside an epoch
+
+
+# ---- stop signals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_signal_saves_at_the_next_step_and_exits_with_75(photos, finished, tmp_path, number):
+    """Sent to all processes, loader's workers too, as batch systems do."""
+    out = tmp_path / "out"
+    process = start(command(photos, out, "--workers", "2"))
+    wait_for((out / "last.pth").exists, process)
+    os.killpg(process.pid, number)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == train.STOPPED == 75, printed
+    saved = int(re.search(r"told to stop: saved after step (\d+)", printed)[1])
+    assert 3 < saved < 9 and load(out / "last.pth")["step"] == saved and "Traceback" not in printed
+    assert f"going on after step {saved}" in run(photos, out)
+    assert_same_end(out, finished[0])
+
+
+def test_torchrun_told_to_stop_saves_before_it_ends(photos, tmp_path):
+    out = tmp_path / "out"
+    process = start(command(photos, out, "--epochs", "500", torchrun=2))
+    wait_for((out / "last.pth").exists, process)
+    process.send_signal(signal.SIGTERM)
+    printed = process.communicate(timeout=60)[0]
+    assert printed.count("told to stop: saved after step") == 1, printed
+    assert load(out / "last.pth")["step"] == int(re.search(r"saved after step (\d+)", printed)[1])
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A finished run's checkpoints, of step 9 and of step 6."""
+    for name in ("last.pth", "previous.pth", "regions.npy", "regions.json"):
+        (tmp_path / name).write_bytes((finished[0] / name).read_bytes())
+    assert (load(tmp_path / "last.pth")["step"], load(tmp_path / "previous.pth")["step"]) == (9, 6)
+    return tmp_path
+
+
+@pytest.fixture
+def one_thread():
+    """As many as the finished run had: sums may depend on it."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(2)
+
+
+def torn(path, how):
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
+    path.write_bytes({"cut": whole[:middle], "flipped": flipped, "empty": b""}[how])
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "empty"])
+def test_the_checkpoint_before_is_used_where_the_last_is_torn(photos, finished, copy, capsys, one_thread, how):
+    """Loadable means all of it: every byte is under a checksum."""
+    torn(copy / "last.pth", how)
+    train.main(["--data", str(photos), "--out", str(copy), *SMALL])
+    said = capsys.readouterr()
+    assert "last.pth is not a checkpoint that can be loaded" in said.err and "going on from" in said.err
+    assert "going on after step 6" in said.out
+    assert_same_end(copy, finished[0], logs=False)
+    assert (copy / "last.pth.damaged").exists()
+
+
+def test_a_run_killed_between_two_renames_goes_on_from_the_checkpoint_before(
+    photos, finished, copy, capsys, one_thread
+):
+    (copy / "last.pth").unlink()
+    train.main(["--data", str(photos), "--out", str(copy), *SMALL])
+    assert "going on after step 6" in capsys.readouterr().out
+    assert_same_end(copy, finished[0], logs=False)
+
+
+def test_where_no_checkpoint_can_be_loaded_nothing_starts_anew(photos, copy, refuse):
+    for name in ("last.pth", "previous.pth"):
+        torn(copy / name, "cut")
+    said = refuse("--data", photos, "--out", copy, *SMALL)
+    assert "last.pth" in said and "previous.pth" in said and "delete them to start anew" in said
+    assert (copy / "last.pth").exists()
+
+
+def test_a_full_disk_costs_neither_the_checkpoint_before_nor_the_run(photos, finished, tmp_path):
+    """A limit on the size of files stands for the disk: last.pth does not fit, the rest does."""
+    out = tmp_path / "out"
+    size = (finished[0] / "last.pth").stat().st_size
+    assert (finished[0] / "r2o.pth").stat().st_size < 0.7 * size
+    limit = int(0.8 * size)
+    argv = command(photos, out, "--workers", "0")  # whose shared memory would be limited too
+    full = start(argv, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    printed = full.communicate(timeout=100)[0]
+    assert full.returncode == 0, printed
+    assert printed.count("last.pth (File too large): the one before stays") == 3
+    assert not list(out.glob("last.pth*"))
+    assert same(load(out / "r2o.pth")["state_dict"], load(finished[0] / "r2o.pth")["state_dict"])
+
+
+def test_a_stop_signal_on_a_full_disk_is_no_success(photos, finished, tmp_path, refuse, monkeypatch):
+    monkeypatch.setattr(train, "take_step", lambda *a, take=train.take_step, **k: (*take(*a, **k)[:2], True))
+    monkeypatch.setattr(files, "attempt", lambda *a, **k: False)
+    assert "told to stop, but" in refuse("--data", photos, "--out", tmp_path, *SMALL, "--workers", "0")
+
+
+def test_saving_keeps_what_was_there_and_leaves_nothing_half_written(tmp_path):
+    path, before = tmp_path / "last.pth", tmp_path / "previous.pth"
+    r2o.save_atomically(path, lambda f: f.write(b"one"), keep=before)
+    assert not before.exists()
+    r2o.save_atomically(path, lambda f: f.write(b"two"), keep=before)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10000, hard))
+    try:
+        for write in (lambda f: f.write(b"x" * 20000), lambda f: torch.save({"x": torch.rand(10000)}, f)):
+            with pytest.raises(OSError):
+                r2o.save_atomically(path, write, keep=before)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (path.read_bytes(), before.read_bytes()) == (b"two", b"one") and len(list(tmp_path.iterdir())) == 2
+
+
+def test_another_learning_rate_is_refused_until_it_is_meant(photos, copy, refuse):
+    flags = ["--data", photos, "--out", copy, *SMALL, "--lr", "0.5"]
+    assert "--lr 1.0, now it is 0.5: pass --lr 1.0 to go on, or another --out to start anew (or --changed)" in refuse(
+        *flags
+    )
+    assert "step 9" in run(photos, copy, "--lr", "0.5", "--changed")
+
+
+def test_two_runs_do_not_share_an_out_folder(photos, tmp_path, refuse, monkeypatch):
+    hold = "import files, sys, time; lock = files.try_lock(sys.argv[1]); print(lock, flush=True); time.sleep(99)"
+    other = start([sys.executable, "-c", hold, str(tmp_path / ".lock")])
+    assert "lock" in other.stdout.readline()
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # does not wait for its end
+    assert "another train.py is writing to" in refuse("--data", photos, "--out", tmp_path, *SMALL)
+    other.kill()
+    other.wait()
+    assert files.try_lock(tmp_path / ".lock")  # died with it
+
+
+# ---- steps that are not finite ---------------------------------------------------------------------------------------
+
+FAULTY = """
+import os, sys, torch, r2o, train
+augment, crop, rank, calls = r2o.augment, r2o.crop_masks, os.environ["RANK"], []
+def broken(views, *args):
+    calls.append(1)
+    x = augment(views, *args)
+    return x * float("nan") if rank == "1" and len(calls) in (2, 5) else x
+def blind(*args):  # two views a step
+    return crop(*args) * (0 if rank == "1" and len(calls) in (3, 4) else 1)
+r2o.augment, r2o.crop_masks = broken, blind
+train.main(sys.argv[1:])
+"""
+
+
+def test_steps_that_are_not_finite_are_skipped_by_all_and_a_rank_without_pairs_takes_part(photos, tmp_path):
+    """On rank 1 of 2, steps 2 and 5 of 9 are NaN, steps 3 and 4 show no mask to both views."""
+    script, out = tmp_path / "faulty.py", tmp_path / "out"
+    script.write_text(FAULTY)
+    argv = command(photos, out, "--save-every", "0", torchrun=2)
+    argv[argv.index("train.py")] = str(script)
+    process = start(argv, env={**ENV, "PYTHONPATH": str(ROOT)})
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, printed
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["skipped"] for row in log] == [1, 1, 0]
+    assert all(np.isfinite(row["loss"]) and row["pairs"] > 0 for row in log)
+    assert "epoch 1: 1 steps were skipped" in printed
+    state = load(out / "last.pth")["model"]
+    assert all(x.isfinite().all() for x in state.values())  # batch norm's statistics too
+
+
+def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(photos, finished, tmp_path, refuse, monkeypatch):
+    calls = []
+
+    def augment(*args, augment=r2o.augment):
+        calls.append(1)
+        return augment(*args) * (float("nan") if len(calls) > 4 else 1)
+
+    monkeypatch.setattr(r2o, "augment", augment)
+    flags = ["--data", photos, "--out", tmp_path, *SMALL, "--workers", "0", "--epochs", "6", "--hold-epochs", "0"]
+    said = refuse(*flags)
+    assert len(calls) == 14 and "10 steps in a row, up to step 14" in said and "--changed" in said
+    state = load(tmp_path / "last.pth")
+    assert state["step"] == 12 and state["streak"] == 8  # saved between epochs; nothing has changed since step 4
+    assert all(x.isfinite().all() for x in state["model"].values())
+    assert load(tmp_path / "previous.pth")["skipped"] == 0
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["skipped"] for row in log] == [0, 2, 3, 3]
+
+
+def test_weights_that_are_not_finite_are_never_saved(photos, tmp_path, refuse, monkeypatch):
+    def learning_rate(step, *args):
+        return 0.1 if step < 4 else float("inf")
+
+    monkeypatch.setattr(r2o, "learning_rate", learning_rate)
+    said = refuse("--data", photos, "--out", tmp_path, *SMALL, "--workers", "0", "--save-every", "1")
+    assert "the weights are not finite after step 5" in said
+    state = load(tmp_path / "last.pth")
+    assert state["step"] == 4 and all(x.isfinite().all() for x in state["model"].values())
+
+
+def test_a_collapse_is_said(photos, tmp_path, monkeypatch, capsys):
+    """Projections that are all the same."""
+
+    def mlp(*args, mlp=r2o.mlp):
+        net = mlp(*args)
+        torch.nn.init.zeros_(net[-1].weight)
+        return net
+
+    monkeypatch.setattr(r2o, "mlp", mlp)
+    train.main(["--data", str(photos), "--out", str(tmp_path), *SMALL, "--workers", "0", "--epochs", "1", "--lr", "0"])
+    assert "warning: epoch 1: the projections have collapsed to a point" in capsys.readouterr().err
+    assert json.loads((tmp_path / "log.jsonl").read_text())["spread"] < 1e-3
+
+
+def test_each_alarm_has_its_sign():
+    fine = {"spread": 0.8, "pairs": 5.0, "K": 4, "largest": 0.4, "skipped": 0}
+    assert train.alarms(fine) == []
+    for sign in ({"spread": 0.01}, {"pairs": 0.0}, {"largest": 0.99}, {"skipped": 2}):
+        assert len(train.alarms(fine | sign)) == 1
+
+
+# ---- many processes --------------------------------------------------------------------------------------------------
+
+
+def test_torchrun_goes_on_after_a_worker_was_killed(photos, tmp_path):
+    """--max-restarts: the same weights as two processes that nobody killed."""
+    for name in ("whole", "hurt"):
+        argv = command(photos, tmp_path / name, "--epochs", "12", "--save-every", "1", torchrun=2)
+        process = start([*argv[:3], "--max-restarts=2", *argv[3:]])
+        if name == "hurt":
+            wait_for((tmp_path / name / "last.pth").exists, process)
+            os.kill(children(process)[-1], signal.SIGKILL)
+        printed = process.communicate(timeout=150)[0]
+        assert process.returncode == 0, printed
+        assert ("going on after step" in printed) == (name == "hurt")
+    assert_same_end(tmp_path / "hurt", tmp_path / "whole")
+
+
+def test_two_nodes_train_together_and_one_goes_on_alone(photos, tmp_path):
+    """Two torchruns that meet at a rendezvous, as on two machines; one is lost, with all its processes."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    out = tmp_path / "out"
+    argv = command(photos, out, "--epochs", "30", "--save-every", "1", torchrun=1)
+    rendezvous = f"--nnodes=1:2 --rdzv-backend=c10d --rdzv-endpoint=localhost:{port} --rdzv-id=7 --max-restarts=3"
+    rendezvous += " --rdzv-conf=join_timeout=60,last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"
+    argv[argv.index("--standalone") : argv.index("--standalone") + 1] = rendezvous.split()
+    first = start(argv)
+    wait_for(lambda: socket.socket().connect_ex(("localhost", port)) == 0, first)  # keeps the rendezvous
+    second = start(argv)
+    wait_for((out / "last.pth").exists, first)
+    for pid in (*children(second), second.pid):
+        os.killpg(pid, signal.SIGKILL)
+    printed = first.communicate(timeout=120)[0]
+    printed += second.communicate()[0]
+    assert first.returncode == 0, printed
+    assert "tiny on 2 x cpu" in printed and "tiny on 1 x cpu" in printed and "going on after step" in printed
+    assert (out / "r2o.pth").exists() and load(out / "last.pth")["step"] == 90
+
+
+NORMLESS = """
+import sys, torch, train
+norm = torch.nn.modules.batchnorm._BatchNorm
+norm.forward = lambda self, x: x * self.weight.view(1, -1, *[1] * (x.ndim - 2))
+train.main(sys.argv[1:])
+"""
+
+
+def test_the_first_loss_does_not_depend_on_the_number_of_processes_or_parts(photos, tmp_path):
+    """With batch norm out of the way, which is per process and part. One step of 24 images, 8 K-means of 3."""
+    script = tmp_path / "normless.py"
+    script.write_text(NORMLESS)
+    results = []
+    for world, accum in ((1, 1), (1, 4), (2, 2), (4, 1)):
+        out = tmp_path / f"{world}-{accum}"
+        argv = command(photos, out, torchrun=world)
+        argv[argv.index("train.py")] = str(script)
+        argv += ["--batch-size", "24", "--kmeans-group", "3", "--epochs", "1", "--accum", str(accum), "--workers", "0"]
+        argv += ["--regions", str(tmp_path / "regions.npy")]
+        if world == 1:
+            argv = [argv[0], *argv[argv.index(str(script)) :]]
+        done = subprocess.run(argv, cwd=ROOT, env={**ENV, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        row = json.loads((out / "log.jsonl").read_text())
+        results.append((row, load(out / "r2o.pth")["state_dict"]["conv1.weight"]))
+    for row, weights in results[1:]:
+        assert row["loss"] == pytest.approx(results[0][0]["loss"], rel=1e-5)
+        for name in ("pairs", "masks", "clusters"):
+            assert row[name] == pytest.approx(results[0][0][name]), name
+        torch.testing.assert_close(weights, results[0][1], rtol=1e-3, atol=1e-5)
