@@ -595,8 +595,8 @@ def authors_samples(folder: Path, images: list[str]):
     spec.loader.exec_module(theirs)
     views = theirs.get_transform("train"), theirs.get_transform("train", gb_prob=0.1, solarize_prob=0.2)
     transform = theirs.MultiViewDataInjector([*views, theirs.get_transform("raw")], 100)
-    dataset = theirs.SSLMaskDataset(str(Path(images[0]).parent), transform=transform)
-    dataset.samples = [(path, None) for path in images]
+    dataset = theirs.SSLMaskDataset.__new__(theirs.SSLMaskDataset)  # which would look for class folders
+    dataset.samples, dataset.transform, dataset.loader = [(p, None) for p in images], transform, theirs.default_loader
     return dataset
 
 

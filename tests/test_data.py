@@ -7,6 +7,7 @@ from conftest import picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
 import files
@@ -71,9 +72,8 @@ def by_torchvision(view, f):
 @fuzz
 @given(st.integers(0, 10**6))
 def test_a_batch_is_augmented_as_its_images_are_one_by_one(seed):
-    torch.manual_seed(seed)
-    views = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
-    factors = torch.stack([r2o.draw_factors(i % 2) for i in range(8)])
+    views = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8, generator=rng(seed))
+    factors = torch.tensor([r2o.draw_factors(np.random.default_rng([seed, i]), i % 2) for i in range(8)])
     flips = torch.arange(8) % 3 == 0
     got = r2o.augment(views, flips, factors)
     mirrored = torch.stack([v.flip(-1) if flip else v for v, flip in zip(views, flips, strict=True)])
@@ -83,8 +83,8 @@ def test_a_batch_is_augmented_as_its_images_are_one_by_one(seed):
 
 
 def test_factors_are_drawn_as_often_and_as_far_as_a1_says():
-    torch.manual_seed(0)
-    first, second = (torch.stack([r2o.draw_factors(v) for _ in range(2000)]) for v in (0, 1))
+    draw = np.random.default_rng(0)
+    first, second = (torch.tensor([r2o.draw_factors(draw, v) for _ in range(2000)]) for v in (0, 1))
     for f, blur, solarise in ((first, 1.0, 0.0), (second, 0.1, 0.2)):
         assert (f[:, 0] >= 0).float().mean() == pytest.approx(0.8, abs=0.03)
         assert f[:, 8].mean() == pytest.approx(0.2, abs=0.03)
@@ -142,6 +142,24 @@ def test_crops_and_flips_are_byol_s(data):
         0.07 < area.min() < 0.15 and area.max() > 0.8 and (area > 0.54).float().mean() == pytest.approx(0.45, abs=0.12)
     )
     assert ratio.min() > 0.7 and ratio.max() < 1.4
+
+
+@pytest.mark.parametrize("h, w", [(375, 500), (500, 333), (20, 300), (300, 20), (1, 1), (3, 900)])
+def test_crops_are_drawn_as_torchvision_draws_them(h, w):
+    """Area, proportions and position; of images too long or too flat for any, the same middle."""
+    draw = np.random.default_rng(0)
+    torch.manual_seed(0)
+    image = torch.empty(3, h, w)
+    ours = torch.tensor([r2o.draw_crop(draw, h, w) for _ in range(4000)]).float()
+    crops = (RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000))
+    theirs = torch.tensor(list(crops)).float()
+    top, left, ch, cw = ours.unbind(1)
+    assert (top >= 0).all() and (left >= 0).all() and (top + ch <= h).all() and (left + cw <= w).all()
+    for a, b in ((ours, theirs), (ours[:, 2:].log(), theirs[:, 2:].log())):
+        for q in (0.02, 0.25, 0.5, 0.75, 0.98):
+            spread = (theirs.quantile(0.9, 0) - theirs.quantile(0.1, 0)) if a is ours else b.std(0)
+            assert ((a.quantile(q, 0) - b.quantile(q, 0)).abs() <= 0.08 * spread + 1.01 * (a is ours)).all()
+    assert torch.equal(ours.amin(0), theirs.amin(0)) or len(ours.unique(dim=0)) > 1  # the middle, where it is all
 
 
 def test_randomness_follows_from_seed_epoch_and_index_alone(data):

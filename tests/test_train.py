@@ -138,7 +138,7 @@ def test_four_steps_of_training_are_what_they_are_written_to_be(photos, tmp_path
         model.update_target(1 - 0.1 * (np.cos(np.pi * step / 4) + 1) / 2)
     state = load(tmp_path / "last.pth")["model"]
     for name, want in model.state_dict().items():
-        torch.testing.assert_close(state[name], want, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(state[name], want, rtol=1e-4, atol=1e-5, msg=name)
     exported = load(tmp_path / "r2o.pth")["state_dict"]
     assert all(torch.equal(x, state[f"online.encoder.{name}"]) for name, x in exported.items())
 
