@@ -126,7 +126,7 @@ def _scan(folder: bytes, inside: bytes, seen: set, wanted: set | None, found: se
 # The cache of region maps
 # ---------------------------------------------------------------------------------------------------------------------
 
-CHUNK = 1024  # images between two states of the cache that a killed process can go on from
+SAVE_SECONDS = 1  # between two states of the cache that a killed process can go on from
 
 
 def try_lock(path: Path):
@@ -156,11 +156,11 @@ def region_maps(
     """The region maps of all images, (n, size, size) uint8, memory-mapped: read from `path` (.npy, with a header beside
     it in .json) or, where there is none, computed there once.
 
-    Of all processes that share the folder one computes them, the others wait; killed, it or another goes on from the
-    last CHUNK. The header says what the maps were made from (prior, its parameters, scikit-image's version, a
-    fingerprint of names and file sizes), num_regions (all ids are below it) and which images are unreadable. Raises
-    UsageError where the maps at `path` were made from anything else, where more than 1 % of the images cannot be read,
-    and where the disk is full.
+    Of all processes that share the folder one computes them, the others wait; killed, it or another goes on from what
+    was there a second before. The header says what the maps were made from (prior, its parameters, scikit-image's
+    version, a fingerprint of names and file sizes), num_regions (all ids are below it) and which images are unreadable.
+    Raises UsageError where the maps at `path` were made from anything else, where more than 1 % of the images cannot be
+    read, and where the disk is full.
     """
     path, header_path = Path(path), Path(path).with_suffix(".json")
     if path.suffix != ".npy" or path.is_dir():
@@ -199,7 +199,7 @@ def region_maps(
 
 
 def _make_maps(images: ImageList, path: Path, header_path: Path, made_from: dict, workers: int):
-    """Appends map after map to path.partial; after every CHUNK, once that is on the disk, path.progress says so."""
+    """Appends map after map to path.partial; every SAVE_SECONDS, once they are on the disk, path.progress says so."""
     partial, progress = path.with_suffix(".partial"), path.with_suffix(".progress")
     n, size = len(images), made_from["size"]
     state = {"done": 0, "num_regions": 0, "unreadable": []}
@@ -229,6 +229,7 @@ def _make_maps(images: ImageList, path: Path, header_path: Path, made_from: dict
             np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (n, size, size)})
             f.seek(state["done"] * size**2, os.SEEK_CUR)
             f.truncate()
+            saved_at = time.monotonic()
             for regions, problem in priors:
                 f.write(regions.numpy().tobytes())
                 state["num_regions"] = max(state["num_regions"], int(regions.max()) + 1)
@@ -239,7 +240,8 @@ def _make_maps(images: ImageList, path: Path, header_path: Path, made_from: dict
                     raise UsageError(f"more than 1 % of the images in {images.root} are unreadable, the last {problem}")
                 state["done"] += 1
                 shown.update()
-                if state["done"] % CHUNK == 0 or state["done"] == n:
+                if time.monotonic() - saved_at >= SAVE_SECONDS or state["done"] == n:
+                    saved_at = time.monotonic()
                     f.flush()
                     os.fsync(f.fileno())
                     saved = json.dumps(state | {"made_from": made_from}).encode()

@@ -259,7 +259,7 @@ def print_plan(args, world: int, images: int, maps_file: Path, seconds_per_map: 
         f" {args.batch_size // group} K-means of {group} images a step"
     )
     maps = f"region maps: {size_of(images * (args.size // 4) ** 2)}"
-    if maps_file.exists():
+    if maps_file.with_suffix(".json").exists():
         print(f"{maps}, there, in {maps_file}")
     else:
         print(f"{maps}, to be made in {maps_file}: {duration(images * seconds_per_map / cores())} on {cores()} cores")

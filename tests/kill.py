@@ -30,7 +30,7 @@ def start() -> int:
         time.sleep(0.02),
         fsync(fd),
     )  # a slow disk: more of the time is spent in the midst of writing
-    files.CHUNK = 4
+    files.SAVE_SECONDS = 0
     status = 1
     try:
         train.main([*flags, "--out", str(out)])

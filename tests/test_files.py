@@ -208,14 +208,14 @@ def slow(*args):
         f.write("x")
     time.sleep(0.1)
     return slic(*args)
-r2o.slic_regions, files.CHUNK = slow, 4
+r2o.slic_regions, files.SAVE_SECONDS = slow, 0
 maps, header = files.region_maps(files.list_images(sys.argv[1]), sys.argv[2], size=16, num_segments=20)
 print(len(maps), header["num_regions"])
 """
 
 
 def test_one_process_makes_the_maps_and_another_takes_over_where_it_dies(photos, tmp_path):
-    """The others wait; nothing is computed twice but the chunk that was being made."""
+    """The others wait; nothing is computed twice but the map that was being made."""
     path = tmp_path / "regions.npy"
     env = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parent)}
     argv = [sys.executable, "-c", SLOW, str(photos), str(path)]
@@ -233,7 +233,7 @@ def test_one_process_makes_the_maps_and_another_takes_over_where_it_dies(photos,
     writers[0].send_signal(signal.SIGKILL)
     printed = [p.communicate(timeout=60) for p in processes]
     assert sorted(p.returncode for p in processes) == [-signal.SIGKILL, 0, 0], printed
-    assert 24 < calls.stat().st_size <= 24 + 4
+    assert 24 <= calls.stat().st_size <= 24 + 2
     assert not [x for x in tmp_path.iterdir() if x.suffix in (".partial", ".progress", ".lock", ".tmp")]
     maps, header = files.region_maps(files.list_images(photos), path, size=16, num_segments=20)
     whole, header_of_whole = files.region_maps(files.list_images(photos), tmp_path / "b.npy", size=16, num_segments=20)
@@ -278,7 +278,7 @@ def test_maps_that_do_not_fit_the_disk_are_refused_at_once(photos, tmp_path, mon
 
 def test_a_disk_that_fills_up_keeps_the_maps_that_are_made(photos, tmp_path, monkeypatch):
     images, path = files.list_images(photos), tmp_path / "regions.npy"
-    monkeypatch.setattr(files, "CHUNK", 4)
+    monkeypatch.setattr(files, "SAVE_SECONDS", 0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (128 + 10 * 256, hard))
     try:
@@ -289,7 +289,7 @@ def test_a_disk_that_fills_up_keeps_the_maps_that_are_made(photos, tmp_path, mon
     calls = []
     monkeypatch.setattr(r2o, "slic_regions", lambda *a, slic=r2o.slic_regions: calls.append(1) or slic(*a))
     files.region_maps(images, path, size=16, num_segments=20)
-    assert len(calls) == 24 - 8
+    assert len(calls) == 24 - 10
 
 
 def test_a_sample_whose_image_is_lost_is_replaced_by_the_next(tmp_path, capsys):
