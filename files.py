@@ -18,7 +18,7 @@ from tqdm import tqdm
 import r2o
 from r2o import UsageError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".gif", b".bmp", b".tif", b".tiff", b".ppm", b".pgm")
 
 
 def bar(**kwargs) -> tqdm:
@@ -37,15 +37,16 @@ class ImageList:
 
     def __init__(self, root: Path, files):
         """files: (relative path, size in bytes) in the list's order."""
-        self.root, text, ends = root, bytearray(), array("q", [0])
-        digest, names = hashlib.sha256(), hashlib.sha256()
+        self.root, text, ends, sizes = root, bytearray(), array("q", [0]), array("q")
         for name, size in files:
             text += name
             ends.append(len(text))
-            digest.update(b"%b\0%d\n" % (name, size))
-            names.update(name + b"\n")
+            sizes.append(size)
         self._text, self._ends = bytes(text), np.array(ends)
-        self.fingerprint, self.names = digest.hexdigest()[:16], names.hexdigest()[:16]
+        digest = hashlib.sha256(text + ends.tobytes())
+        self.names = digest.hexdigest()[:16]
+        digest.update(sizes.tobytes())
+        self.fingerprint = digest.hexdigest()[:16]
 
     def __len__(self):
         return len(self._ends) - 1
@@ -78,7 +79,7 @@ def list_images(folder: str | Path, subset: str | Path | None = None) -> ImageLi
             f"{os.fsdecode(missing[0])}; expected folders or files below it"
         )
     if not len(images):
-        raise UsageError(f"no images in {root}; expected files that end in {' '.join(EXTENSIONS)}")
+        raise UsageError(f"no images in {root}; expected files that end in {b' '.join(EXTENSIONS).decode()}")
     return images
 
 
@@ -102,19 +103,20 @@ def _scan(folder: bytes, inside: bytes, seen: set, wanted: set | None, found: se
             entries = sorted(entries, key=lambda e: e.name)
     except OSError as e:
         raise UsageError(f"cannot read the folder {os.fsdecode(folder)} ({e.strerror})") from None
-    folders, extensions = [], tuple(os.fsencode(e) for e in EXTENSIONS)
+    folders = []
     for entry in entries:
+        name = entry.name
         if entry.is_dir():
             folders.append(entry)
-        elif entry.name.lower().endswith(extensions):
-            name = inside + entry.name
-            hits = () if wanted is None else {name, entry.name} & wanted
-            if take or hits:
+        elif name.lower().endswith(EXTENSIONS):
+            if wanted is not None and (hits := {inside + name, name} & wanted):
                 found.update(hits)
-                try:
-                    yield name, entry.stat().st_size
-                except OSError:  # a link to nowhere: unreadable, like other damage
-                    yield name, -1
+            elif not take:
+                continue
+            try:
+                yield inside + name, entry.stat().st_size
+            except OSError:  # a link to nowhere: unreadable, like other damage
+                yield inside + name, -1
     for entry in folders:
         name = inside + entry.name
         hits = () if wanted is None else {name, entry.name} & wanted
