@@ -108,7 +108,7 @@ def _scan(folder: bytes, inside: bytes, seen: set, wanted: set | None, found: se
         name = entry.name
         if entry.is_dir():
             folders.append(entry)
-        elif name.lower().endswith(EXTENSIONS):
+        elif name.lower().endswith(EXTENSIONS) and (entry.is_file() or entry.is_symlink()):
             if wanted is not None and (hits := {inside + name, name} & wanted):
                 found.update(hits)
             elif not take:
@@ -181,7 +181,7 @@ def region_maps(
             with lock:
                 if not header_path.exists():
                     _make_maps(images, path, header_path, made_from, workers)
-                os.unlink(lock.name)
+                Path(lock.name).unlink(missing_ok=True)
             break
         if waited == 60:
             print(f"waiting for another process to make {path}", file=sys.stderr, flush=True)
@@ -189,8 +189,10 @@ def region_maps(
         waited += 1
     try:
         header, maps = json.loads(header_path.read_text()), np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, EOFError) as e:
         raise UsageError(f"cannot read the region maps {path} ({e}): delete {path} and {header_path}") from None
+    if not isinstance(header, dict) or maps.shape != (header.get("images"), header.get("size"), header.get("size")):
+        raise UsageError(f"the region maps {path} are damaged: delete {path} and {header_path}")
     for key, value in made_from.items():
         if header.get(key) != value:
             raise UsageError(
@@ -205,11 +207,19 @@ def _make_maps(images: ImageList, path: Path, header_path: Path, made_from: dict
     partial, progress = path.with_suffix(".partial"), path.with_suffix(".progress")
     n, size = len(images), made_from["size"]
     state = {"done": 0, "num_regions": 0, "unreadable": []}
-    if progress.exists() and (saved := json.loads(progress.read_text()))["made_from"] == made_from:
+    try:
+        saved = json.loads(progress.read_text()) if progress.exists() else {"made_from": None}
+    except ValueError:
+        raise UsageError(f"{progress} is damaged: delete it, the maps are then made anew") from None
+    if saved["made_from"] == made_from:
         if path.exists() and not partial.exists():  # killed before the header was there
             os.replace(path, partial)
-        if partial.exists():
+        if partial.exists() and partial.stat().st_size >= saved["done"] * size**2:
             state = {key: saved[key] for key in state}
+    if path.exists():
+        raise UsageError(f"{path} has no header {header_path}: delete it, or name another file with --regions")
+    if not state["done"]:
+        progress.unlink(missing_ok=True)  # of what is about to be overwritten
     needed = (n - state["done"]) * size**2
     if (free := shutil.disk_usage(path.parent).free) < needed:
         raise UsageError(
@@ -262,15 +272,12 @@ class _Priors(torch.utils.data.Dataset):
     def __init__(self, images, prior, num_segments, size):
         self.images, self.prior, self.num_segments, self.size = images, prior, num_segments, size
 
-    def __len__(self):
-        return len(self.images)
-
     def __getitem__(self, i):
         path = self.images.path(i)
         try:
             image = r2o.read_image(path)
         except OSError as e:
-            return torch.zeros(self.size, self.size, dtype=torch.uint8), f"{path} ({e})"
+            return torch.zeros(self.size, self.size, dtype=torch.uint8), r2o.printable(f"{path} ({e})")
         if self.prior == "slic":
             return r2o.slic_regions(image, self.num_segments, self.size), ""
         return r2o.grid_regions(size=self.size), ""
@@ -301,6 +308,8 @@ def load_checkpoint(out: Path, args, names: str) -> dict | None:
     if damaged:  # out of the way, where it would become previous.pth
         os.replace(out / "last.pth", out / "last.pth.damaged")
         print(f"train.py: warning: {damaged[0]}; going on from {path}", file=sys.stderr, flush=True)
+    elif path.name == "previous.pth":
+        print(f"train.py: warning: there is no last.pth; going on from {path}", file=sys.stderr, flush=True)
     if not {"model", "optimizer", "step", "masks", "args", "names"} <= checkpoint.keys():
         raise UsageError(f"{path} is not a checkpoint of train.py: delete it, or pass another --out")
     if checkpoint["names"] != names:

@@ -27,6 +27,7 @@ import struct
 import sys
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torchvision import models
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import roi_align
 from torchvision.transforms.v2 import functional as TF
@@ -417,13 +418,21 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # always the same one: memory is kept for each stream apart
 
 
+def _of_ranks(x: Tensor, first: int, count: int) -> Tensor:
+    """x of ranks first … first + count - 1, one after another."""
+    every = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(every, x.contiguous())
+    return every[first * len(x) : (first + count) * len(x)]
+
+
 class R2O(nn.Module):
     """Online and target networks, mask prediction and the loss of one step.
 
-    arch: one of ARCHS. num_regions: region ids are below it. kmeans_group: images that share one K-means (a batch is a
-    multiple of it, or smaller). kmeans_iters: Lloyd iterations. assign: "pixel" gives each C4 pixel its nearest centre
-    (Sec. 3.1); "region" gives each region its cluster, at the region map's resolution. overlap: on a GPU, draw the
-    masks on a stream of their own while the online network runs. compile: the encoders, by torch.compile.
+    arch: one of ARCHS. num_regions: region ids are below it. kmeans_group: images that share one K-means (the images of
+    all ranks are a multiple of it, or fewer; where a rank has fewer, several share a group). kmeans_iters: Lloyd
+    iterations. assign: "pixel" gives each C4 pixel its nearest centre (Sec. 3.1); "region" gives each region its
+    cluster, at the region map's resolution. overlap: on a GPU, draw the masks on a stream of their own while the online
+    network runs. compile: the encoders, by torch.compile.
     """
 
     def __init__(
@@ -457,11 +466,12 @@ class R2O(nn.Module):
 
     @torch.no_grad()
     def predict_masks(
-        self, encoder: nn.Module, images: Tensor, regions: Tensor, num_clusters: int, uniforms: Tensor
+        self, encoder: nn.Module, images: Tensor, regions: Tensor, num_clusters: int, uniforms: Tensor, span: int = 1
     ) -> Tensor:
         """The mask m of every image: clusters of its regions' C4 embeddings. Sec. 3.1, Eq. (3).
 
-        images: (B, 3, S, S) normalised. regions: (B, h, w). uniforms: seeding_uniforms(B / group, K).
+        images: (B, 3, S, S) normalised. regions: (B, h, w). uniforms: seeding_uniforms(B / group, K). span: ranks that
+        share one group, where a group is larger than B; each of them solves the same problem.
         Returns (B, H, W) for assign = "pixel", (B, h, w) for "region"; ids are shared inside a group.
         """
         c4 = self.encode_c4(encoder, images)
@@ -469,11 +479,16 @@ class R2O(nn.Module):
         p, area = region_pool(c4, regions, R)
         length = p.norm(dim=-1, keepdim=True)  # (B, R, 1)
         # Absent regions take no part; differs: the authors cluster them as zero vectors. Nor does what is not finite.
-        valid = ((area > 0) & length[..., 0].isfinite()).view(G, -1)
-        p = (p / length.clamp(min=1e-12)).view(G, -1, p.shape[2])  # (G, N, C)
+        valid = (area > 0) & length[..., 0].isfinite()
+        p, own = p / length.clamp(min=1e-12), slice(None)
+        if span > 1:
+            rank = dist.get_rank()
+            p, valid = (_of_ranks(x, rank // span * span, span) for x in (p, valid))
+            own = slice(rank % span * B * R, (rank % span + 1) * B * R)
+        p, valid = p.reshape(G, -1, p.shape[2]), valid.reshape(G, -1)  # (G, N, C), (G, N)
         mu, assign = _kmeans(p, valid, uniforms, self.kmeans_iters)
         if self.assign == "region":
-            assign = assign.clamp(min=0)  # regions in the map that are not finite
+            assign = assign[:, own].clamp(min=0)  # regions in the map that are not finite
             return assign.view(B, R).gather(1, regions.flatten(1).long()).view(regions.shape)
         with _full_precision(c4):
             x = _full(c4).permute(0, 2, 3, 1).reshape(G, -1, c4.shape[1])  # (G, N, C); normalised after the product
@@ -500,12 +515,12 @@ class R2O(nn.Module):
         would. Returns the loss, whose average over ranks (DDP's) is the mean over all pairs, and detached scalars.
         """
         B, K = len(images), num_clusters
-        group = min(self.kmeans_group, B)
-        if B % group:
-            raise UsageError(f"{B} images per process do not divide into K-means groups of {group}: change one of them")
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        G = B // group
-        uniforms = seeding_uniforms(G * world, K, generator)[rank * G : (rank + 1) * G]
+        group = min(self.kmeans_group, B * world)
+        G, span = max(B // group, 1), max(group // B, 1)  # groups of this rank, ranks of a group
+        if G * group != B * span or world % span:
+            raise UsageError(f"{B} images per process do not divide into K-means groups of {group}: change one of them")
+        uniforms = seeding_uniforms(B * world // group, K, generator)[rank // span * G :][:G]
         uniforms = uniforms.to(images.device, non_blocking=True)
 
         # (1) Draw the masks, and see them as each view does; on a GPU on a stream of their own, beside the online
@@ -516,7 +531,7 @@ class R2O(nn.Module):
             side.wait_stream(main)
             beside = torch.cuda.stream(side)
         with beside:
-            m = self.predict_masks(self.target["encoder"], images, regions, K, uniforms)  # (B, H, W)
+            m = self.predict_masks(self.target["encoder"], images, regions, K, uniforms, span)  # (B, H, W)
         c5 = self.encode(self.online["encoder"], views)  # (2B, C, H, W)
         with beside:
             m1, m2 = (crop_masks(m, boxes[:, v], flips[:, v], K, c5.shape[-1]) for v in (0, 1))  # (B, K, H, W)
@@ -543,7 +558,7 @@ class R2O(nn.Module):
         loss = byol_loss(q, torch.cat([z[P:], z[:P]]))  # (2P,): both directions, Eq. (5)
         loss = (loss.sum() if P else 0 * loss.sum()) * world / total.clamp(min=1)  # DDP averages over ranks
         cells = m.new_zeros(B, K).scatter_add_(1, m.flatten(1), torch.ones_like(m).flatten(1))  # (B, K)
-        sizes = cells.view(G, group, K).sum(1).float()  # (G, K): of clusters, in cells of m
+        sizes = cells.view(G, -1, K).sum(1).float()  # (G, K): of clusters, in cells of m
         stats = {
             "total": total,  # pairs of all ranks, over which the loss is a mean
             "pairs": torch.tensor(P / B),  # masks per image that both views see
@@ -693,7 +708,8 @@ class ImageRegions(torch.utils.data.Dataset):
                 image = read_image(path)
                 break
             except OSError as e:  # it could be read when the maps were made
-                print(f"unreadable: {path} ({e}): the next image stands in for it", file=sys.stderr, flush=True)
+                said = printable(f"unreadable: {path} ({e}): the next image stands in for it")
+                print(said, file=sys.stderr, flush=True)
         else:
             raise UsageError(f"{path} and the 9 images before it can no longer be read: is the disk still there?")
         h, w = image.shape[1:]
@@ -817,7 +833,12 @@ def read_image(path: str | Path) -> Tensor:
     """Any image file as uint8 RGB (3, h, w), upright as its EXIF tag says; of an animation the first frame.
     Raises OSError where the file cannot be read whole."""
     try:
-        image = decode_image(os.fspath(path), ImageReadMode.RGB, apply_exif_orientation=True)
+        file = read_file(os.fspath(path))
+        if (
+            bytes(file[:4].tolist()) == b"GIF8"
+        ):  # damaged, it crashes torchvision (github.com/pytorch/vision/issues/9551)
+            raise RuntimeError
+        image = decode_image(file, ImageReadMode.RGB, apply_exif_orientation=True)
     except RuntimeError:  # not a format of torchvision's (BMP, TIFF, …), or damaged: Pillow tells
         try:
             with Image.open(path) as file:
@@ -828,6 +849,11 @@ def read_image(path: str | Path) -> Tensor:
             raise OSError(f"{type(e).__name__}: {e}") from None
     image = image[0] if image.ndim == 4 else image
     return image if image.dtype == torch.uint8 else (image.int() // 257).to(torch.uint8)  # 16-bit PNG
+
+
+def printable(text: str) -> str:
+    """Without the surrogates that stand for bytes of file names that are not UTF-8."""
+    return text.encode(errors="replace").decode()
 
 
 def save_atomically(path: str | Path, write, keep: str | Path | None = None):
@@ -860,7 +886,16 @@ def load_file(path: str | Path) -> dict:
         raise UsageError(
             f"no such checkpoint: {path}; expected r2o.pth, last.pth or a torchvision state dict"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        pickle.UnpicklingError,
+        zlib.error,
+        zipfile.BadZipFile,
+    ) as e:
         raise UsageError(
             f"{path} is not a checkpoint that can be loaded safely ({type(e).__name__}): "
             "it is damaged, or holds more than tensors and plain types"

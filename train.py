@@ -139,7 +139,7 @@ class Batches:
 def check(args, world: int, images: int, num_regions: int):
     """Refuses what cannot work: once before the region maps are made, and again when they are there."""
     batch, parts = args.batch_size, world * args.accum
-    group = min(args.kmeans_group, max(min(batch, images) // parts, 1))
+    group = min(args.kmeans_group, max(min(batch, images) // args.accum, 1))
     k = max(args.k_start, args.k_end)
     if batch > images:
         fits = max(images // (parts * group) * parts * group, 1)
@@ -147,7 +147,7 @@ def check(args, world: int, images: int, num_regions: int):
     if batch % parts:
         accum = f" in {args.accum} parts" if args.accum > 1 else ""
         raise r2o.UsageError(f"{world} processes cannot share --batch-size {batch}{accum}: pass a multiple of {parts}")
-    if batch // parts % group:
+    if batch // parts % group and (group % (batch // parts) or batch // args.accum % group):
         raise r2o.UsageError(
             f"{batch // parts} images per process do not divide into K-means groups of {group}: "
             f"pass --batch-size a multiple of {parts * group}, or another --kmeans-group"
@@ -252,7 +252,7 @@ def size_of(count: float) -> str:
 def print_plan(args, world: int, images: int, maps_file: Path, seconds_per_map: float):
     per_epoch, parts = images // args.batch_size, world * args.accum
     steps = args.epochs * per_epoch
-    group = min(args.kmeans_group, args.batch_size // parts)
+    group = min(args.kmeans_group, args.batch_size // args.accum)
     print(f"{images:,} images: {args.epochs} epochs of {per_epoch:,} steps, {steps:,} in all")
     print(
         f"batches of {args.batch_size}: {world} process(es) x {args.accum} part(s) x {args.batch_size // parts} images,"
@@ -514,6 +514,11 @@ def train(args) -> int:
     maps, header = files.region_maps(images, maps_file, *settings)
     data = r2o.ImageRegions(images, maps, header, args.size, args.seed)
     check(args, world, len(data), header["num_regions"])
+    if checkpoint and checkpoint["images"] != len(data):
+        raise r2o.UsageError(
+            f"{out / 'last.pth'} was trained on {checkpoint['images']} images, of which {len(data)} can be read now: "
+            "mend them and make the region maps anew, or pass another --out"
+        )
     found = f"{len(data)} images of at most {header['num_regions']} regions ({len(header['unreadable'])} unreadable)"
     if args.prepare:
         if rank == 0:
@@ -528,6 +533,8 @@ def train(args) -> int:
     if checkpoint:
         state = {key: checkpoint[key] for key in state}
     del checkpoint
+    if args.changed:
+        state["streak"] = 0
     first, streak, skipped, taken, masks = (state[key] for key in ("step", "streak", "skipped", "taken", "masks"))
     order = Batches(len(data), args.batch_size, range(first, steps), args.seed, rank, world, args.accum)
     batches = load_batches(data, order, args, device)
@@ -537,13 +544,15 @@ def train(args) -> int:
         print(f"{args.arch} on {world} x {device.type}, ops: {r2o.extension(device)}")
         print(found)
         print(f"{args.epochs} epochs of {per_epoch} steps of {args.batch_size} images")
+        if (part := args.batch_size // args.accum) < min(args.kmeans_group, args.batch_size):
+            print(f"train.py: warning: K-means of {part} images, all that --accum leaves at a time", file=sys.stderr)
         if first:
             print(f"going on after step {first}, {first % per_epoch} of {per_epoch} in epoch {first // per_epoch + 1}")
         sys.stdout.flush()
         log = []  # an epoch that was logged but not saved is done again
         if (out / "log.jsonl").exists():
             log = [r for r in (out / "log.jsonl").read_bytes().splitlines(keepends=True) if r.endswith(b"\n")]
-            log = [row for row in log if json.loads(row)["epoch"] <= first // per_epoch]
+            log = log[: first // per_epoch]  # a row an epoch
             files.attempt(out / "log.jsonl", lambda f: f.writelines(log))
         board = None
         if args.tensorboard:
@@ -606,9 +615,14 @@ def train(args) -> int:
                 if rank == 0:
                     end_epoch(record, model, film, masks, log, board, args, device)
                 bar, state["sums"], taken, skipped = None, {}, 0, 0
-            if rank == 0:
+            if rank == 0 and (streak == 0 or stop):  # within a streak what is there is kept
                 state |= {"step": step + 1, "streak": streak, "taken": taken, "skipped": skipped, "masks": masks}
-                file = {"epoch": (step + 1) // per_epoch, "args": vars(args), "names": images.names}
+                file = {
+                    "epoch": (step + 1) // per_epoch,
+                    "args": vars(args),
+                    "names": images.names,
+                    "images": len(data),
+                }
                 file |= state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 saved = files.attempt(out / "last.pth", lambda f: torch.save(file, f), keep=out / "previous.pth")
                 if stop and not saved:
@@ -626,7 +640,8 @@ def train(args) -> int:
 
     if rank == 0:
         if board:
-            board.close()
+            with contextlib.suppress(OSError):  # said after the epoch
+                board.close()
         if not export(out / "r2o.pth", model, args, args.epochs):
             raise r2o.UsageError(
                 f"training is done, but {out / 'r2o.pth'} could not be written: make room, start again"
@@ -644,9 +659,13 @@ def end_epoch(record: dict, model, film: dict, masks: list, log: list, board, ar
     log.append(json.dumps(record).encode() + b"\n")
     files.attempt(out / "log.jsonl", lambda f: f.writelines(log))
     if board:
-        for name, value in record.items():
-            board.add_scalar(name, value, epoch)
-        board.add_image("strip", np.asarray(strip), epoch, dataformats="HWC")
+        try:
+            for name, value in record.items():
+                board.add_scalar(name, value, epoch)
+            board.add_image("strip", np.asarray(strip), epoch, dataformats="HWC")
+            board.flush()
+        except OSError as e:
+            print(f"train.py: warning: TensorBoard's log is incomplete ({e.strerror})", file=sys.stderr)
     if "loss" not in record:
         print(f"epoch {epoch}: all {record['skipped']} steps were skipped, loss or gradients were not finite")
     else:
@@ -673,8 +692,8 @@ def main(argv=None):
             raise
         traceback.print_exc()
         status = 1
-    if problem and os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"train.py: error: {problem}", file=sys.stderr)
+    if problem:  # on any process: it may be the only one that knows
+        print(f"train.py: error: {r2o.printable(problem)}", file=sys.stderr)
     if dist.is_initialized():
         if status in (1, 2):  # at once, for torchrun to start anew: taking leave of processes that are gone can hang
             sys.stderr.flush()
@@ -685,4 +704,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until training begins there is nothing to save that is not saved
+        signal.signal(number, lambda *_: sys.exit(STOPPED))
     main()

@@ -296,15 +296,75 @@ def test_a_sample_whose_image_is_lost_is_replaced_by_the_next(tmp_path, capsys):
     for i in range(4):
         picture(i).save(tmp_path / f"{i}.png")
     images = files.list_images(tmp_path)
-    maps, header = files.region_maps(images, tmp_path / "regions.npy", prior="grid", size=14)
+    maps, header = files.region_maps(images, tmp_path / "regions.npy", size=14)
     data = r2o.ImageRegions(images, maps, header, size=32)
     (tmp_path / "3.png").unlink()
     sample = data[0, 3]
     assert sample["unreadable"] and not data[0, 0]["unreadable"]
-    assert torch.equal(sample["image"], data[0, 0]["image"])  # the next of the last is the first
+    for name in ("image", "regions"):
+        assert torch.equal(sample[name], data[0, 0][name])  # the next of the last is the first
     assert not torch.equal(sample["views"], data[0, 0]["views"])  # seen differently
     assert "3.png" in capsys.readouterr().err
     for i in range(3):
         (tmp_path / f"{i}.png").unlink()
     with pytest.raises(r2o.UsageError, match="can no longer be read: is the disk still there"):
         data[0, 2]
+
+
+def test_maps_begun_for_something_else_in_between_are_not_taken_for_these(photos, tmp_path, monkeypatch):
+    """Progress of 20 segments, then a start with 5 that is killed before it saves any, then 20 again."""
+    images, path, slic = files.list_images(photos), tmp_path / "regions.npy", r2o.slic_regions
+    want = np.array(files.region_maps(images, tmp_path / "whole.npy", size=16, num_segments=20)[0])
+
+    def interrupted(after):
+        calls = []
+
+        def stops(*args):
+            calls.append(1)
+            if len(calls) > after:
+                raise KeyboardInterrupt
+            return slic(*args)
+
+        return stops
+
+    for segments, after, seconds in ((20, 10, 0), (5, 6, 99)):
+        monkeypatch.setattr(r2o, "slic_regions", interrupted(after))
+        monkeypatch.setattr(files, "SAVE_SECONDS", seconds)
+        with pytest.raises(KeyboardInterrupt):
+            files.region_maps(images, path, size=16, num_segments=segments)
+    monkeypatch.setattr(r2o, "slic_regions", slic)
+    assert np.array_equal(files.region_maps(images, path, size=16, num_segments=20)[0], want)
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda p: p.with_suffix(".json").write_text("[]"), "are damaged: delete"),
+        (lambda p: np.save(p, np.zeros((23, 16, 16), np.uint8)), "are damaged: delete"),
+        (lambda p: p.write_bytes(b""), "cannot read the region maps"),
+        (lambda p: p.with_suffix(".json").unlink(), "has no header .*regions.json: delete it"),
+        (
+            lambda p: (p.unlink(), p.with_suffix(".json").unlink(), p.with_suffix(".progress").touch()),
+            "progress is damaged",
+        ),
+    ],
+)
+def test_damaged_maps_are_refused_in_one_line(photos, tmp_path, spoil, said):
+    images, path = files.list_images(photos), tmp_path / "regions.npy"
+    files.region_maps(images, path, size=16, num_segments=20)
+    spoil(path)
+    with pytest.raises(r2o.UsageError, match=said):
+        files.region_maps(images, path, size=16, num_segments=20)
+
+
+def test_what_is_no_file_is_no_image_and_odd_names_can_be_said(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "gone.jpg").symlink_to("nowhere")
+    (tmp_path / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"no image")
+    for i in range(200):
+        picture(0, (4, 4)).save(tmp_path / f"{i}.png")
+    images = files.list_images(tmp_path)
+    assert len(images) == 202
+    _, header = files.region_maps(images, tmp_path / "regions.npy", prior="grid", size=14)
+    assert len(header["unreadable"]) == 2 and "caf?.jpg" in capsys.readouterr().out

@@ -90,11 +90,13 @@ def test_a_stop_signal_saves_at_the_next_step_and_exits_with_75(photos, finished
     assert_same_end(out, finished[0])
 
 
-def test_torchrun_told_to_stop_saves_before_it_ends(photos, tmp_path):
+@pytest.mark.parametrize("whom", ["torchrun", "one worker"])
+def test_torchrun_told_to_stop_saves_before_it_ends(photos, tmp_path, whom):
+    """A worker that alone is told tells the others."""
     out = tmp_path / "out"
     process = start(command(photos, out, "--epochs", "500", torchrun=2))
     wait_for((out / "last.pth").exists, process)
-    process.send_signal(signal.SIGTERM)
+    os.kill(process.pid if whom == "torchrun" else children(process)[1], signal.SIGTERM)
     printed = process.communicate(timeout=60)[0]
     assert printed.count("told to stop: saved after step") == 1, printed
     assert load(out / "last.pth")["step"] == int(re.search(r"saved after step (\d+)", printed)[1])
@@ -129,7 +131,7 @@ def torn(path, how):
 
 @pytest.mark.parametrize("how", ["cut", "flipped", "empty"])
 def test_the_checkpoint_before_is_used_where_the_last_is_torn(photos, finished, copy, capsys, one_thread, how):
-    """Loadable means all of it: every byte is under a checksum."""
+    """Loadable means all of it: tensors are under checksums."""
     torn(copy / "last.pth", how)
     train.main(["--data", str(photos), "--out", str(copy), *SMALL])
     said = capsys.readouterr()
@@ -253,15 +255,38 @@ def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(photos, finished, tm
         return augment(*args) * (float("nan") if len(calls) > 4 else 1)
 
     monkeypatch.setattr(r2o, "augment", augment)
-    flags = ["--data", photos, "--out", tmp_path, *SMALL, "--workers", "0", "--epochs", "6", "--hold-epochs", "0"]
+    flags = ["--data", photos, "--out", tmp_path, *SMALL, "--workers", "0", "--epochs", "6", "--save-every", "1"]
     said = refuse(*flags)
     assert len(calls) == 14 and "10 steps in a row, up to step 14" in said and "--changed" in said
     state = load(tmp_path / "last.pth")
-    assert state["step"] == 12 and state["streak"] == 8  # saved between epochs; nothing has changed since step 4
-    assert all(x.isfinite().all() for x in state["model"].values())
-    assert load(tmp_path / "previous.pth")["skipped"] == 0
+    assert state["step"] == 4 and state["streak"] == 0  # from before the streak, however often it could be saved
+    assert load(tmp_path / "previous.pth")["step"] == 3
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["skipped"] for row in log] == [0, 2, 3, 3]
+
+
+def test_skipped_steps_leave_no_trace_and_are_counted_in_a_row_only(photos, tmp_path, monkeypatch):
+    """Every other step of 24 is skipped: 12 in all, none of them changes weights, target, momentum or statistics."""
+    states, calls = [], []
+
+    def augment(*args, augment=r2o.augment):
+        calls.append(1)
+        return augment(*args) * (float("nan") if len(calls) % 2 == 0 else 1)
+
+    def take_step(ddp, optimizer, *args, take=train.take_step):
+        def everything():
+            floats = {n: x.clone() for n, x in ddp.state_dict().items() if x.is_floating_point()}
+            return floats, [s["momentum"].clone() for s in optimizer.state.values()]
+
+        before = everything()
+        watch, skip, stop = take(ddp, optimizer, *args)
+        states.append((skip, same(before, everything())))
+        return watch, skip, stop
+
+    monkeypatch.setattr(r2o, "augment", augment)
+    monkeypatch.setattr(train, "take_step", take_step)
+    train.main(["--data", str(photos), "--out", str(tmp_path), *SMALL, "--workers", "0", "--epochs", "8"])
+    assert states == [(False, False), (True, True)] * 12
 
 
 def test_weights_that_are_not_finite_are_never_saved(photos, tmp_path, refuse, monkeypatch):
@@ -345,24 +370,30 @@ train.main(sys.argv[1:])
 
 
 def test_the_first_loss_does_not_depend_on_the_number_of_processes_or_parts(photos, tmp_path):
-    """With batch norm out of the way, which is per process and part. One step of 24 images, 8 K-means of 3."""
+    """With batch norm out of the way, which is per process and part. One step of 24 images; the last of each have 6
+    and 12 images a process, which share their K-means of 12 and 24 with others."""
     script = tmp_path / "normless.py"
     script.write_text(NORMLESS)
-    results = []
-    for world, accum in ((1, 1), (1, 4), (2, 2), (4, 1)):
-        out = tmp_path / f"{world}-{accum}"
+
+    def first_step(world, accum, group, assign):
+        out = tmp_path / f"{world}-{accum}-{assign}"
         argv = command(photos, out, torchrun=world)
         argv[argv.index("train.py")] = str(script)
-        argv += ["--batch-size", "24", "--kmeans-group", "3", "--epochs", "1", "--accum", str(accum), "--workers", "0"]
-        argv += ["--regions", str(tmp_path / "regions.npy")]
+        argv += ["--batch-size", "24", "--epochs", "1", "--workers", "0", "--regions", str(tmp_path / "regions.npy")]
+        argv += ["--kmeans-group", str(group), "--accum", str(accum), "--assign", assign]
         if world == 1:
             argv = [argv[0], *argv[argv.index(str(script)) :]]
         done = subprocess.run(argv, cwd=ROOT, env={**ENV, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         row = json.loads((out / "log.jsonl").read_text())
-        results.append((row, load(out / "r2o.pth")["state_dict"]["conv1.weight"]))
-    for row, weights in results[1:]:
-        assert row["loss"] == pytest.approx(results[0][0]["loss"], rel=1e-5)
-        for name in ("pairs", "masks", "clusters"):
-            assert row[name] == pytest.approx(results[0][0][name]), name
-        torch.testing.assert_close(weights, results[0][1], rtol=1e-3, atol=1e-5)
+        return row, load(out / "r2o.pth")["state_dict"]["conv1.weight"]
+
+    for runs in (
+        ((1, 1, 12, "pixel"), (2, 2, 12, "pixel"), (4, 1, 12, "pixel")),
+        ((1, 1, 24, "region"), (2, 1, 24, "region")),
+    ):
+        (want, want_weights), *others = (first_step(*run) for run in runs)
+        for row, weights in others:
+            assert row["loss"] == pytest.approx(want["loss"], rel=1e-5)
+            assert (row["pairs"], row["masks"]) == pytest.approx((want["pairs"], want["masks"]))
+            torch.testing.assert_close(weights, want_weights, rtol=1e-3, atol=1e-5)

@@ -166,7 +166,7 @@ def test_ranks_take_their_own_share_of_the_uniforms(monkeypatch):
     """With the same seed on all ranks, two processes of 2 images draw the masks that one process of 4 draws."""
     seen = []
     monkeypatch.setattr(
-        r2o.R2O, "predict_masks", lambda self, e, x, r, k, u: seen.append(u) or torch.zeros(len(x), 16, 16).long()
+        r2o.R2O, "predict_masks", lambda self, e, x, r, k, u, _: seen.append(u) or torch.zeros(len(x), 16, 16).long()
     )
     monkeypatch.setattr(r2o.dist, "all_reduce", lambda t: None)
     images, views, regions, boxes, flips = batch(4)
