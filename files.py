@@ -42,11 +42,12 @@ class ImageList:
             text += name
             ends.append(len(text))
             sizes.append(size)
-        self._text, self._ends = bytes(text), np.array(ends)
-        digest = hashlib.sha256(text + ends.tobytes())
+        digest = hashlib.sha256(text)
+        digest.update(ends)
         self.names = digest.hexdigest()[:16]
-        digest.update(sizes.tobytes())
+        digest.update(sizes)
         self.fingerprint = digest.hexdigest()[:16]
+        self._text, self._ends = bytes(text), np.array(ends)
 
     def __len__(self):
         return len(self._ends) - 1
