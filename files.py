@@ -311,7 +311,8 @@ def load_checkpoint(out: Path, args, names: str) -> dict | None:
         print(f"train.py: warning: {damaged[0]}; going on from {path}", file=sys.stderr, flush=True)
     elif path.name == "previous.pth":
         print(f"train.py: warning: there is no last.pth; going on from {path}", file=sys.stderr, flush=True)
-    if not {"model", "optimizer", "step", "masks", "args", "names"} <= checkpoint.keys():
+    expected = "model optimizer step streak taken skipped sums masks args names images"
+    if not set(expected.split()) <= checkpoint.keys():
         raise UsageError(f"{path} is not a checkpoint of train.py: delete it, or pass another --out")
     if checkpoint["names"] != names:
         raise UsageError(f"{path} was trained on other images than --data {args.data}: pass another --out")
