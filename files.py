@@ -69,7 +69,8 @@ def list_images(folder: str | Path, subset: str | Path | None = None) -> ImageLi
     """
     root = Path(folder)
     if not root.is_dir():
-        raise UsageError(f"no such folder: {folder}; expected a folder of images, flat or nested")
+        problem = f"not a folder: {folder}" if root.exists() else f"no such folder: {folder}"
+        raise UsageError(f"{problem}; expected a folder of images, flat or nested")
     root = root / "train" if (root / "train").is_dir() else root
     wanted = _read_subset(subset) if subset else None
     found = set()  # of wanted

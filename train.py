@@ -212,11 +212,12 @@ def draw_strip(path: Path, model: r2o.R2O, film: dict, masks: list, k: int, epoc
     images, regions = (film[key].to(device) for key in ("image", "regions"))
     uniforms = r2o.seeding_uniforms(1, k, torch.Generator().manual_seed(seed)).to(device)
     encoder = model.online["encoder"].eval()
-    m = model.predict_masks(encoder, r2o.normalize(images), regions, k, uniforms)[:8]
+    rows = torch.linspace(0, len(images) - 1, min(8, len(images))).long()  # of the film, evenly
+    m = model.predict_masks(encoder, r2o.normalize(images), regions, k, uniforms).cpu()[rows]
     encoder.train()
-    masks.append([epoch, k, m.to("cpu", torch.int16)])
+    masks.append([epoch, k, m.to(torch.int16)])
     shown = [masks[i] for i in sorted({*np.linspace(0, len(masks) - 1, 6).astype(int)})]
-    image, prior = film["image"][:8], film["regions"][:8]
+    image, prior = film["image"][rows], film["regions"][rows]
     columns = [("image", image), (f"prior, R = {int(prior.max()) + 1}", r2o.paint(image, prior))]
     columns += [(f"epoch {e}, K = {k}", r2o.paint(image, m)) for e, k, m in shown]
     strip = r2o.film_strip(columns, zoom=max(1, 128 // image.shape[-1]))
@@ -441,7 +442,7 @@ def dry_run(args, images: files.ImageList, maps_file: Path, rank: int, world: in
                 f"too little memory ({fits}): raise --accum, lower --batch-size, or take more processes"
             )
         data = r2o.ImageRegions(sample, maps, header, args.size, args.seed)
-        warm, timed = 2, 5
+        warm, timed = 1, 3
         order = itertools.cycle(range(len(data)))
         keys = [[(rank, next(order)) for _ in range(share)] for _ in range((warm + timed) * args.accum)]
         batches, taken = load_batches(data, keys, args, device), []
@@ -525,6 +526,8 @@ def train(args) -> int:
             print(f"{maps_file}: {found}")
         return 0
 
+    stack = contextlib.ExitStack()
+    told = stack.enter_context(stop_signals())  # from here on all processes stop together, after a step
     model, ddp, optimizer, checkpoint = build(args, header["num_regions"], rank, world, device, checkpoint)
     parameters = list(model.parameters())
     per_epoch = len(data) // args.batch_size
@@ -546,7 +549,9 @@ def train(args) -> int:
         print(f"{args.epochs} epochs of {per_epoch} steps of {args.batch_size} images")
         if (part := args.batch_size // args.accum) < min(args.kmeans_group, args.batch_size):
             print(f"train.py: warning: K-means of {part} images, all that --accum leaves at a time", file=sys.stderr)
-        if first:
+        if first == steps:
+            print(f"done already, after step {first}")
+        elif first:
             print(f"going on after step {first}, {first % per_epoch} of {per_epoch} in epoch {first // per_epoch + 1}")
         sys.stdout.flush()
         log = []  # an epoch that was logged but not saved is done again
@@ -562,7 +567,7 @@ def train(args) -> int:
 
     sums: dict[str, torch.Tensor] = {}  # of this epoch and process, since they were last gathered
     bar, stop = None, False
-    with stop_signals() as told:
+    with stack:
         for step in range(first, steps):
             epoch, done = step // per_epoch, step % per_epoch
             k, lr, tau = schedule(args, step, per_epoch)
