@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
+import eval_abo
 import eval_cub
+import evaluation
 import files
 import r2o
 
@@ -111,25 +113,23 @@ def load_scenes(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def best_overlap(masks: torch.Tensor, truth: torch.Tensor) -> float:
-    """Average best overlap: for every object, the IoU of the mask that fits it best. masks, truth: (n, SIDE, SIDE)."""
+    """Average best overlap (Fig. 4). masks: (n, h, w); truth: (n, SIDE, SIDE). Objects of less than 16 pixels are left
+    out: the rest of them is hidden behind others."""
     best = []
     for m, t in zip(masks, truth, strict=True):
-        for i in range(1, int(t.max()) + 1):
-            object_ = t == i
-            if object_.sum() >= 16:  # the rest is hidden behind other objects
-                pairs = [(m == j, object_) for j in m[object_].unique()]
-                best.append(max(((a & b).sum() / (a | b).sum()).item() for a, b in pairs))
-    return float(np.mean(best))
+        objects, _ = eval_abo.objects_of(t)
+        best.append(eval_abo.best_overlap(m, objects[objects.flatten(1).sum(1) >= 16]))
+    return float(torch.cat(best).mean())
 
 
 @torch.no_grad()
 def predict(encoder, images: torch.Tensor, regions: torch.Tensor, k: int, assign: str) -> torch.Tensor:
     """Masks as in training, in groups of 32 images that share K clusters: (n, h, w)."""
-    model = r2o.R2O("tiny", assign=assign, hidden=1, dim=1)
     masks = []
     for i in range(0, len(images), GROUP):
-        u = r2o.seeding_uniforms(1, k, torch.Generator().manual_seed(i))
-        masks.append(model.predict_masks(encoder, r2o.normalize(images[i : i + GROUP]), regions[i : i + GROUP], k, u))
+        c4 = r2o.encode_c4(encoder, r2o.normalize(images[i : i + GROUP]))
+        draws = torch.Generator().manual_seed(i)
+        masks.append(evaluation.draw_masks(c4, regions[i : i + GROUP], k, assign, draws))
     return torch.cat(masks)
 
 
@@ -156,9 +156,7 @@ def matched_iou(segments: torch.Tensor, truth: torch.Tensor) -> float:
 def measure(encoder, scenes) -> list[float]:
     """Foreground IoU, and average best overlap of pixel and of region masks."""
     images, truth, regions = scenes
-    overlaps = [
-        best_overlap(enlarge(predict(encoder, images, regions, K_END, assign)), truth) for assign in ("pixel", "region")
-    ]
+    overlaps = [best_overlap(predict(encoder, images, regions, K_END, assign), truth) for assign in ("pixel", "region")]
     return [foreground_iou(encoder, images, truth), *overlaps]
 
 
@@ -185,7 +183,7 @@ def run(out: Path, seed: int, count: int, flags: list[str], scenes) -> dict[str,
 
     torch.manual_seed(seed)  # train.py's: the weights it started from
     start = r2o.R2O("tiny", hidden=512, dim=64).online["encoder"]
-    eval_cub.calibrate(start, r2o.normalize(images).split(64))
+    evaluation.calibrate(start, r2o.normalize(images).split(64))
     trained, _ = r2o.load_encoder(str(out / f"seed{seed}/r2o.pth"))
     rows = {"random encoder": measure(start, scenes), "trained encoder": measure(trained, scenes)}
 
@@ -216,7 +214,7 @@ def main():
     scenes = load_scenes(args.out / "held-out")
     images, truth, regions = scenes
     five = torch.stack([r2o.slic_regions(image, 5, SIDE // 4) for image in images])
-    prior = [matched_iou(enlarge(five), truth), *[best_overlap(enlarge(regions), truth)] * 2]
+    prior = [matched_iou(enlarge(five), truth), *[best_overlap(regions, truth)] * 2]
 
     runs = [run(args.out, seed, args.scenes, flags, scenes) for seed in args.seeds]
     table = {name: np.array([rows[name] for rows in runs]) for name in runs[0]}

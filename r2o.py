@@ -468,14 +468,18 @@ class R2O(nn.Module):
     def predict_masks(
         self, encoder: nn.Module, images: Tensor, regions: Tensor, num_clusters: int, uniforms: Tensor, span: int = 1
     ) -> Tensor:
+        """The mask m of every image, (B, 3, S, S) normalised: draw_masks() of its C4."""
+        return self.draw_masks(self.encode_c4(encoder, images), regions, num_clusters, uniforms, span)
+
+    @torch.no_grad()
+    def draw_masks(self, c4: Tensor, regions: Tensor, num_clusters: int, uniforms: Tensor, span: int = 1) -> Tensor:
         """The mask m of every image: clusters of its regions' C4 embeddings. Sec. 3.1, Eq. (3).
 
-        images: (B, 3, S, S) normalised. regions: (B, h, w). uniforms: seeding_uniforms(B / group, K). span: ranks that
-        share one group, where a group is larger than B; each of them solves the same problem.
+        c4: (B, C, H, W). regions: (B, h, w). uniforms: seeding_uniforms(B / group, K). span: ranks that share one
+        group, where a group is larger than B; each of them solves the same problem.
         Returns (B, H, W) for assign = "pixel", (B, h, w) for "region"; ids are shared inside a group.
         """
-        c4 = self.encode_c4(encoder, images)
-        B, R, K, G = len(images), self.num_regions, num_clusters, len(uniforms)
+        B, R, K, G = len(c4), self.num_regions, num_clusters, len(uniforms)
         p, area = region_pool(c4, regions, R)
         length = p.norm(dim=-1, keepdim=True)  # (B, R, 1)
         # Absent regions take no part; differs: the authors cluster them as zero vectors. Nor does what is not finite.
@@ -939,17 +943,22 @@ def load_encoder(ckpt: str, arch: str | None = None) -> tuple[nn.Module, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def palette(ids: Tensor) -> Tensor:
+    """A colour for each id, (...) -> (..., 3) in [0.2, 1]; neighbouring ids get distant ones."""
+    hue = (ids[..., None].float() * 0.618034) % 1  # golden ratio
+    k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue) % 6
+    return 1 - 0.8 * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
 def paint(images: Tensor, masks: Tensor) -> Tensor:
     """Label maps (n, h, w) as colours over the images (n, 3, S, S) uint8; returns the same as the images."""
-    hue = (masks[:, None].float() * 0.618034) % 1  # golden ratio: neighbouring ids get distant colours
-    k = (torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1) + 6 * hue) % 6
-    colour = 1 - 0.8 * torch.minimum(k, 4 - k).clamp(0, 1)  # (n, 3, h, w)
-    colour = F.interpolate(colour, images.shape[-2:], mode="nearest")
+    colour = F.interpolate(palette(masks).movedim(-1, 1), images.shape[-2:], mode="nearest")
     return (255 * (0.75 * colour + 0.25 * grey(images.float() / 255))).round().to(torch.uint8)
 
 
-def film_strip(columns: list[tuple[str, Tensor]], zoom: int = 1) -> Image.Image:
-    """Labelled columns of n pictures each, (label, (n, 3, S, S) uint8), as one image, enlarged `zoom` times."""
+def film_strip(columns: list[tuple[str, Tensor]], zoom: int = 1, notes: list[str] | None = None) -> Image.Image:
+    """Labelled columns of n pictures each, (label, (n, 3, S, S) uint8), as one image, enlarged `zoom` times. notes: one
+    on the first picture of each row."""
     columns = [(label, x.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)) for label, x in columns]
     n, _, s, _ = columns[0][1].shape
     top, gap = 16, 4
@@ -959,4 +968,8 @@ def film_strip(columns: list[tuple[str, Tensor]], zoom: int = 1) -> Image.Image:
         draw.text((c * (s + gap) + 2, 2), label, fill="black")
         for r, picture in enumerate(pictures):
             sheet.paste(TF.to_pil_image(picture), (c * (s + gap), top + r * (s + gap)))
+    for r, note in enumerate(notes or []):
+        at = (3, top + r * (s + gap) + 2)
+        draw.rectangle(draw.textbbox(at, note), fill="white")
+        draw.text(at, note, fill="black")
     return sheet

@@ -13,19 +13,15 @@ same command goes on. Under torchrun the status is torchrun's own, 1 for both.
 
 import argparse
 import contextlib
-import datetime
 import importlib.util
 import itertools
 import json
 import math
 import os
-import signal
 import statistics
 import sys
 import tempfile
 import time
-import traceback
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +31,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import files
+import processes
 import r2o
 
 BAD_STEPS = 10  # in a row, after which a run ends
-STOPPED = 75  # exit status: EX_TEMPFAIL, try again
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -46,19 +42,14 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def parse_args(argv=None):
-    own_cores = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this process
     p = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
     add = p.add_argument_group("data and output").add_argument
     add("--data", required=True, help="folder of images, flat or nested; its subfolder train, where there is one")
     add("--subset", metavar="FILE", help="train on some of them: a line each, a folder, file, or file name")
     add("--out", default="out", help="folder for checkpoints, log and pictures; training goes on from what it holds")
     add("--regions", help="file of the region maps (default OUT/regions.npy); name one to share it between runs")
-    add("--workers", type=int, default=min(16, max(1, own_cores)), help="per process; raise while the GPU waits")
+    add("--workers", type=int, default=min(16, processes.own_cores()), help="per process; raise while the GPU waits")
     keep = "also keep the encoder of every N-th epoch, as epoch_0100.pth (0: none)"
     add("--keep-every", type=int, default=0, metavar="N", help=keep)
     save = "save last.pth every N steps too, not only after epochs (0); lower where epochs take hours"
@@ -159,12 +150,6 @@ def check(args, world: int, images: int, num_regions: int):
         )
 
 
-def deaf(worker: int):
-    """Workers leave signals that a batch system sends to every process to the training process, which ends them."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def to_device(batches, device: torch.device):
     """Batches, moved to `device` but for their factors; on a GPU each is copied while the one before is trained on."""
     if device.type == "cpu":
@@ -263,7 +248,8 @@ def print_plan(args, world: int, images: int, maps_file: Path, seconds_per_map: 
     if maps_file.with_suffix(".json").exists():
         print(f"{maps}, there, in {maps_file}")
     else:
-        print(f"{maps}, to be made in {maps_file}: {duration(images * seconds_per_map / cores())} on {cores()} cores")
+        cores = processes.cores()
+        print(f"{maps}, to be made in {maps_file}: {duration(images * seconds_per_map / cores)} on {cores} cores")
     print("epoch    K  learning rate      tau   (at its end)")
     for epoch in telling_epochs(args):
         k, lr, tau = schedule(args, epoch * per_epoch - 1, per_epoch)
@@ -358,36 +344,11 @@ def take_step(ddp, optimizer, batches, args, step: int, per_epoch: int, told: bo
     return watch, skip, stop
 
 
-def meet(rank: int, world: int) -> dist.Store:
-    """The store through which the processes of this attempt, and no others, find each other: each asks rank 0, under a
-    name of its own, for the attempt's. torchrun's workers, when it starts them anew, share a store with those that
-    died, and would else read addresses of the dead in it (github.com/pytorch/pytorch/issues/135712)."""
-    patience = datetime.timedelta(days=7)  # other nodes may still be making their region maps
-    store = next(dist.rendezvous("env://", rank, world, timeout=patience))[0]
-    attempt = name = uuid.uuid4().hex
-    if rank > 0:
-        store.set(f"asks {rank}", name)
-        store.wait([f"answer {name}"], patience)
-        attempt = store.get(f"answer {name}").decode()
-        store.set(f"heard {attempt} {rank}", "")
-    else:
-        others = range(1, world)
-        while not store.check([f"heard {attempt} {r}" for r in others]):
-            for r in others:
-                if store.check([f"asks {r}"]):
-                    store.set(f"answer {store.get(f'asks {r}').decode()}", attempt)
-            time.sleep(0.05)
-    return dist.PrefixStore(attempt, store)
-
-
 def build(args, num_regions: int, rank: int, world: int, device, checkpoint: dict | None = None):
     """Ties the processes together: model, the same under DDP, optimiser, and rank 0's checkpoint, loaded everywhere."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
+    processes.tie(rank, world, device)
+    torch.backends.cudnn.benchmark = True
     if world > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=meet(rank, world), rank=rank, world_size=world)
         shared = [checkpoint]  # not read by each: their folders, or what they hold by now, may differ
         dist.broadcast_object_list(shared)
         checkpoint = shared[0]
@@ -409,7 +370,7 @@ def build(args, num_regions: int, rank: int, world: int, device, checkpoint: dic
 
 def load_batches(data: r2o.ImageRegions, batches, args, device):
     """One loader over all epochs: its workers fetch across their ends."""
-    settings = {"num_workers": args.workers, "pin_memory": device.type == "cuda", "worker_init_fn": deaf}
+    settings = {"num_workers": args.workers, "pin_memory": device.type == "cuda", "worker_init_fn": processes.deaf}
     return to_device(torch.utils.data.DataLoader(data, batch_sampler=batches, **settings), device)
 
 
@@ -477,23 +438,9 @@ def alarms(record: dict) -> list[str]:
     return said
 
 
-@contextlib.contextmanager
-def stop_signals():
-    """The stop signals that have come in, as a list that grows."""
-    told = []
-    before = {n: signal.signal(n, lambda n, _: told.append(n)) for n in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield told
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def train(args) -> int:
     """Returns the exit status."""
-    env = os.environ.get
-    rank, world, local = int(env("RANK", "0")), int(env("WORLD_SIZE", "1")), int(env("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    rank, world, device = processes.place()
     out = Path(args.out)
     maps_file = Path(args.regions or out / "regions.npy")
     images = files.list_images(args.data, args.subset)
@@ -511,7 +458,7 @@ def train(args) -> int:
         checkpoint = files.load_checkpoint(out, args, images.names)
 
     # The region maps are made once, before the processes are tied together: the others wait without a timeout.
-    settings = args.prior, args.segments, args.size // 4, cores() if args.workers else 0
+    settings = args.prior, args.segments, args.size // 4, processes.cores() if args.workers else 0
     maps, header = files.region_maps(images, maps_file, *settings)
     data = r2o.ImageRegions(images, maps, header, args.size, args.seed)
     check(args, world, len(data), header["num_regions"])
@@ -527,7 +474,7 @@ def train(args) -> int:
         return 0
 
     stack = contextlib.ExitStack()
-    told = stack.enter_context(stop_signals())  # from here on all processes stop together, after a step
+    told = stack.enter_context(processes.stop_signals())  # from here on all processes stop together, after a step
     model, ddp, optimizer, checkpoint = build(args, header["num_regions"], rank, world, device, checkpoint)
     parameters = list(model.parameters())
     per_epoch = len(data) // args.batch_size
@@ -641,7 +588,7 @@ def train(args) -> int:
             if stop and step + 1 < steps:
                 if rank == 0:
                     print(f"told to stop: saved after step {step + 1}; the same command goes on", flush=True)
-                return STOPPED
+                return processes.STOPPED
 
     if rank == 0:
         if board:
@@ -685,30 +632,9 @@ def end_epoch(record: dict, model, film: dict, masks: list, log: list, board, ar
 
 
 def main(argv=None):
-    problem, status = None, 2
-    try:
-        status = train(parse_args(argv))
-    except r2o.UsageError as e:
-        problem = str(e).splitlines()[-1]  # a loader worker's traceback comes before it
-    except torch.OutOfMemoryError as e:
-        problem = f"the GPU's memory is too small ({str(e).splitlines()[0]}): raise --accum or lower --batch-size"
-    except Exception:
-        if not dist.is_initialized():
-            raise
-        traceback.print_exc()
-        status = 1
-    if problem:  # on any process: it may be the only one that knows
-        print(f"train.py: error: {r2o.printable(problem)}", file=sys.stderr)
-    if dist.is_initialized():
-        if status in (1, 2):  # at once, for torchrun to start anew: taking leave of processes that are gone can hang
-            sys.stderr.flush()
-            os._exit(status)
-        dist.destroy_process_group()  # after train()'s DDP is gone: were it the last to let go, gloo could deadlock
-    if status:
-        sys.exit(status)
+    processes.run("train.py", lambda: train(parse_args(argv)))
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # until training begins there is nothing to save that is not saved
-        signal.signal(number, lambda *_: sys.exit(STOPPED))
+    processes.stoppable()
     main()

@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.models import resnet18, resnet101
 
 import eval_cub
+import evaluation
 import r2o
 
 
@@ -94,9 +95,9 @@ def test_the_same_run_twice_gives_the_same_figures(cub, tmp_path):
 def test_splits_may_be_a_file_of_ids_or_redo_s(cub, tmp_path):
     (tmp_path / "ids.txt").write_text("1\n3\n4\n")
     (tmp_path / "redo.txt").write_text("".join(f"{i + 1} {i % 3}\n" for i in range(12)))
-    names = [[image.name for image, _ in eval_cub.list_cub(cub, str(tmp_path / f))] for f in ("ids.txt", "redo.txt")]
+    names = [[image.name for image, _ in evaluation.list_cub(cub, str(tmp_path / f))] for f in ("ids.txt", "redo.txt")]
     assert names == [["00.jpg", "02.jpg", "03.jpg"], ["02.jpg", "05.jpg", "08.jpg", "11.jpg"]]
-    assert [image.name for image, _ in eval_cub.list_cub(cub, "test")] == [f"{i:02}.jpg" for i in range(0, 12, 2)]
+    assert [image.name for image, _ in evaluation.list_cub(cub, "test")] == [f"{i:02}.jpg" for i in range(0, 12, 2)]
 
 
 def test_any_pair_of_folders_of_images_and_masks_will_do(cub, tmp_path):

@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT, SMALL, command, load, run, same
 
 import files
+import processes
 import r2o
 import train
 
@@ -83,7 +84,7 @@ def test_a_stop_signal_saves_at_the_next_step_and_exits_with_75(photos, finished
     wait_for((out / "last.pth").exists, process)
     os.killpg(process.pid, number)
     printed = process.communicate(timeout=60)[0]
-    assert process.returncode == train.STOPPED == 75, printed
+    assert process.returncode == processes.STOPPED == 75, printed
     saved = int(re.search(r"told to stop: saved after step (\d+)", printed)[1])
     assert 3 < saved < 9 and load(out / "last.pth")["step"] == saved and "Traceback" not in printed
     assert f"going on after step {saved}" in run(photos, out)

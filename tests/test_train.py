@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision.models import resnet18
 
 import files
+import processes
 import r2o
 import train
 
@@ -252,7 +253,7 @@ def test_a_dry_run_says_what_it_costs_and_writes_nothing(photos, tmp_path, capsy
 
 def test_the_plan_of_the_papers_run(capsys, monkeypatch, tmp_path):
     """K of Fig. 5; the learning rate 0.3 * 4096 / 256 * K / 16; 4 GB of region maps."""
-    monkeypatch.setattr(train, "cores", lambda: 64)
+    monkeypatch.setattr(processes, "cores", lambda: 64)
     train.print_plan(train.parse_args(["--data", "x"]), 8, 1281167, tmp_path / "regions.npy", 0.02)
     said = capsys.readouterr().out
     assert "1,281,167 images: 300 epochs of 312 steps, 93,600 in all" in said
