@@ -38,7 +38,7 @@ def best_overlap(masks: torch.Tensor, objects: torch.Tensor, void: torch.Tensor 
     best = []
     for o in objects & counted:
         inside = torch.bincount(masks[o], minlength=count)
-        best.append((inside / (sizes + o.sum() - inside).clamp(min=1)).double().max())
+        best.append((inside.double() / (sizes + o.sum() - inside).clamp(min=1)).max())
     return torch.stack(best) if best else torch.zeros(0, dtype=torch.float64)
 
 

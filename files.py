@@ -338,9 +338,9 @@ def claim(out: Path):
         if lock := try_lock(out / ".lock"):
             return lock
         if waited == 2:
-            print(f"another train.py is writing to {out}: waiting for it to end", file=sys.stderr, flush=True)
+            print(f"another run is writing to {out}: waiting for it to end", file=sys.stderr, flush=True)
         time.sleep(1)
-    raise UsageError(f"another train.py is writing to {out}: let it end, or pass another --out")
+    raise UsageError(f"another run is writing to {out}: let it end, or pass another --out")
 
 
 def attempt(path: Path, write, keep: Path | None = None) -> bool:

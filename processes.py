@@ -1,7 +1,9 @@
 """Processes that work together: how they find each other, stop, and end."""
 
+import atexit
 import contextlib
 import datetime
+import multiprocessing
 import os
 import signal
 import sys
@@ -81,6 +83,15 @@ def deaf(worker: int):
         signal.signal(number, signal.SIG_IGN)
 
 
+@atexit.register
+def _end_workers():
+    """At exit Python ends processes that are left, such as the workers of a loop that an exception ended, by SIGTERM,
+    to which they are deaf, and would wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
 def stoppable():
     """For a program's start: until there is anything to save, a stop signal ends it with the status that says so."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -94,9 +105,9 @@ def run(program: str, work):
     try:
         status = work()
     except UsageError as e:
-        problem = str(e).splitlines()[-1]  # a loader worker's traceback comes before it
+        problem = str(e).splitlines()[-1].removeprefix("r2o.UsageError: ")  # after a loader worker's traceback
     except torch.OutOfMemoryError as e:
-        problem = f"the GPU's memory is too small ({str(e).splitlines()[0]}): raise --accum or lower --batch-size"
+        problem = f"the GPU's memory is too small ({str(e).splitlines()[0]}): lower --batch-size (or raise --accum)"
     except Exception:
         if not dist.is_initialized():
             raise

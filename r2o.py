@@ -927,15 +927,22 @@ def load_encoder(ckpt: str, arch: str | None = None) -> tuple[nn.Module, str]:
     state = {str(n).removeprefix("module.").removeprefix(prefix): v for n, v in tensors.items() if prefix in str(n)}
     state = {name: v for name, v in state.items() if not name.startswith("fc.")}
     own = net.state_dict()
-    matched = [name for name, v in own.items() if getattr(state.get(name), "shape", None) == v.shape]
-    rest = [name for name in [*own, *state] if name not in matched]
+    matched, rest = match(state, own)
     if rest:
         raise UsageError(
             f"{ckpt} matches {len(matched)} of {len(own)} tensors of {meant}, {len(rest)} do not fit, such as "
-            f"{rest[0]}: pass the --arch that it holds"
+            f"{rest[0]}: pass the --arch that it holds (for other layouts see transfer/export.py)"
         )
-    net.load_state_dict({name: state[name] for name in own})
-    return net.eval(), f"{meant} from {ckpt}: {len(matched)} of {len(own)} tensors matched"
+    net.load_state_dict(own | {name: state[name] for name in matched})
+    return net.eval(), f"{meant} from {ckpt}: {len(matched)} of {len(matched)} tensors matched"
+
+
+def match(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Names of `own` that state has in the same shape, and all that do not fit, of both. Batch norm's counters, which
+    nothing here reads, may be missing, as they are in torchvision's older files."""
+    matched = [name for name, x in own.items() if getattr(state.get(name), "shape", None) == x.shape]
+    spare = {name for name in own if name.endswith("num_batches_tracked") and name not in state}
+    return matched, [name for name in [*own, *state] if name not in {*matched, *spare}]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

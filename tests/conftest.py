@@ -88,3 +88,35 @@ def refuse(capsys, monkeypatch):
         return lines[-1]
 
     return call
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """12 images and masks of their ellipses, as two folders; those of the masks hold 0 and 255."""
+    root = tmp_path_factory.mktemp("pairs")
+    for name in ("images", "masks"):
+        (root / name).mkdir()
+    for i in range(12):
+        im = picture(i)
+        im.save(root / f"images/{i:02}.png")
+        mask = np.abs(np.asarray(im).astype(int) - np.asarray(im)[:1, :1]).sum(2) > 90
+        Image.fromarray((mask * 255).astype(np.uint8)).save(root / f"masks/{i:02}.png")
+    return root
+
+
+def refused_by(program):
+    """A fixture's function that calls the program's main and returns the one line with which it refuses."""
+
+    @pytest.fixture
+    def refused(capsys):
+        def call(*flags):
+            with pytest.raises(SystemExit) as stop:
+                program.main([str(flag) for flag in flags])
+            lines = capsys.readouterr().err.strip().splitlines()
+            name = f"{program.__name__.rpartition('.')[2]}.py: error: "
+            assert stop.value.code == 2 and lines[-1].startswith(name) and "Traceback" not in lines[-1]
+            return lines[-1]
+
+        return call
+
+    return refused

@@ -209,7 +209,7 @@ def test_two_runs_do_not_share_an_out_folder(photos, tmp_path, refuse, monkeypat
     other = start([sys.executable, "-c", hold, str(tmp_path / ".lock")])
     assert "lock" in other.stdout.readline()
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # does not wait for its end
-    assert "another train.py is writing to" in refuse("--data", photos, "--out", tmp_path, *SMALL)
+    assert "another run is writing to" in refuse("--data", photos, "--out", tmp_path, *SMALL)
     other.kill()
     other.wait()
     assert files.try_lock(tmp_path / ".lock")  # died with it
@@ -398,3 +398,18 @@ def test_the_first_loss_does_not_depend_on_the_number_of_processes_or_parts(phot
             assert row["loss"] == pytest.approx(want["loss"], rel=1e-5)
             assert (row["pairs"], row["masks"]) == pytest.approx((want["pairs"], want["masks"]))
             torch.testing.assert_close(weights, want_weights, rtol=1e-3, atol=1e-5)
+
+
+def test_a_program_that_fails_does_not_wait_for_its_workers(tmp_path):
+    """An exception that nobody catches keeps the loader alive, and its workers ignore the SIGTERM that ends them."""
+    script = tmp_path / "fails.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch, processes\n"
+        "loader = torch.utils.data.DataLoader(range(99), num_workers=2, worker_init_fn=processes.deaf)\n"
+        "for x in loader:\n"
+        "    kept = iter(loader)\n"
+        "    raise ArithmeticError('as planned')\n"
+    )
+    done = subprocess.run([sys.executable, script], timeout=60, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.strip().endswith("ArithmeticError: as planned")

@@ -1,0 +1,242 @@
+"""eval_abo.py, Fig. 4: the measure, every kind of truth, checkpoints, and bad input. figures.py, which draws them."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture, refused_by
+from PIL import Image
+
+import eval_abo
+import eval_cub
+import evaluation
+import figures
+import r2o
+
+refused = refused_by(eval_abo)
+refused_figures = refused_by(figures)
+
+
+# ---- the measure ----------------------------------------------------------------------------------------------------
+
+
+def test_best_overlap_by_hand():
+    """Objects that overlap each other; mask 2 fits the first best (3 of 5 pixels), mask 1 the second (2 of 4)."""
+    masks = torch.tensor([[1, 1, 2, 2], [1, 1, 2, 2]])
+    a, b = torch.zeros(2, 4), torch.zeros(2, 4)
+    a[:, 2:], a[0, 1], a[1, 3] = 1, 1, 0
+    b[0, :2] = 1
+    best = eval_abo.best_overlap(masks, torch.stack([a, b]).bool())
+    assert best.tolist() == [3 / 5, 2 / 4]
+
+
+def test_void_pixels_count_neither_for_masks_nor_for_objects():
+    masks, inside = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[[True, True, True, False]]])
+    assert eval_abo.best_overlap(masks, inside).tolist() == [2 / 3]
+    assert eval_abo.best_overlap(masks, inside, torch.tensor([[False, False, True, False]])).tolist() == [1]
+
+
+def test_coarse_masks_are_enlarged_by_the_nearest_pixel():
+    fine = torch.zeros(1, 6, 8, dtype=torch.bool)
+    fine[0, :3, 4:] = True
+    assert eval_abo.best_overlap(torch.tensor([[7, 3], [7, 7]]), fine).tolist() == [1]
+    assert len(eval_abo.best_overlap(torch.tensor([[7, 3]]), fine[:0])) == 0
+
+
+# ---- truth ----------------------------------------------------------------------------------------------------------
+
+
+def test_mask_files_of_every_kind_are_read_as_ids(tmp_path):
+    def read(pixels, mode=None, **kwargs):
+        image = Image.fromarray(np.array(pixels))
+        (image if mode is None else image.convert(mode)).save(tmp_path / "m.png")
+        return evaluation.read_ids(tmp_path / "m.png", **kwargs).tolist()
+
+    grey = np.array([[0, 2, 40, 255]], np.uint8)
+    assert read(grey) == [[0, 2, 40, -1]]
+    assert read(grey, kind="binary") == [[0, 0, 0, 1]]
+    assert read(np.array([[0, 60, 200, 255]], np.uint8)) == [[0, 0, 1, 1]]  # levels
+    assert read(np.array([[0, 60, 200, 255]], np.uint8), kind="ids") == [[0, 60, 200, -1]]
+    assert read(np.array([[0, 300, 255]], np.uint16)) == [[0, 300, 255]]
+    assert read(grey > 0, "1") == [[0, 1, 1, 1]]
+    assert read(grey, "RGB") == [[0, 2, 40, -1]]
+    imagenet_s = np.array([[[0, 0, 0], [5, 0, 0], [1, 2, 0], [1000 % 256, 1000 // 256, 0]]], np.uint8)
+    assert read(imagenet_s) == [[0, 5, 513, -1]]
+    with pytest.raises(r2o.UsageError, match=r"m\.png is coloured"):
+        read(np.array([[[10, 0, 30]]], np.uint8))
+
+
+FLAGS = "--ckpt random --arch tiny --size 64 --segments 30 --workers 0".split()
+
+
+def measured(tmp_path, *flags):
+    out = tmp_path / "abo.json"
+    eval_abo.main([str(f) for f in (*FLAGS, "--json", out, *flags)])
+    found = json.loads(out.read_text())
+    return found, {(r["masks"], r["K"], r["assign"]): r["average best overlap"] for r in found["rows"]}
+
+
+def coco_of(pairs, folder):
+    """pairs' masks as COCO instances: images/00.png … with one object each, run-length encoded; and a crowd."""
+    from pycocotools import mask as rle
+
+    images, annotations = [], []
+    for i, path in enumerate(sorted((pairs / "masks").iterdir())):
+        mask = np.asarray(Image.open(path)) > 127
+        images.append({"id": 100 + i, "file_name": path.name, "height": mask.shape[0], "width": mask.shape[1]})
+        code = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
+        y, x = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+        box = [int(v) for v in (x[0], y[0], x[-1] + 1 - x[0], y[-1] + 1 - y[0])]
+        code = {"size": code["size"], "counts": code["counts"].decode()}
+        one = {"id": i + 1, "image_id": 100 + i, "category_id": 7, "iscrowd": 0, "bbox": box, "segmentation": code}
+        annotations.append(one | {"area": int(mask.sum())})
+    file = {"images": images, "annotations": annotations, "categories": [{"id": 7, "name": "ellipse"}]}
+    path = folder / "instances.json"
+    path.write_text(json.dumps(file))
+    return path
+
+
+def test_a_run_measures_priors_and_masks_and_says_so(pairs, tmp_path, capsys):
+    png = tmp_path / "abo.png"
+    found, rows = measured(tmp_path, "--data", pairs / "images", pairs / "masks", "-k", 8, 2, "--plot", png)
+    assert found["objects"] == found["images"] == 12
+    assert rows.keys() == {("SLIC prior", None, None), ("grid", None, None)} | {
+        ("random", k, assign) for k in (8, 2) for assign in ("pixel", "region")
+    }
+    grid = rows["grid", None, None]
+    assert 0.01 < grid < 0.2 and all(grid < x <= 1 for key, x in rows.items() if key[0] != "grid")
+    printed = capsys.readouterr().out
+    assert f"{grid:.3f}  grid" in printed and "| theirs: Fig. 4" in printed
+    assert Image.open(png).size == (820, 440)
+
+
+def test_masks_that_are_the_truth_overlap_wholly(pairs, tmp_path, monkeypatch):
+    """Where the prior is the truth, the region masks of as many clusters are too; at a quarter of the resolution."""
+    truth = {}
+    for path in sorted((pairs / "masks").iterdir()):
+        truth[r2o.read_image(pairs / "images" / path.name).float().mean().item()] = np.asarray(Image.open(path)) > 127
+
+    def prior(image, segments, size):
+        mask = Image.fromarray(truth[image.float().mean().item()]).resize((size, size), Image.Resampling.NEAREST)
+        return torch.from_numpy(np.asarray(mask).astype(np.uint8))
+
+    monkeypatch.setattr(r2o, "slic_regions", prior)
+    flags = ["--data", pairs / "images", pairs / "masks", "-k", 2, "--group", 1]
+    _, rows = measured(tmp_path, *flags)
+    assert rows["SLIC prior", None, None] > 0.85 and rows["random", 2, "region"] == rows["SLIC prior", None, None]
+
+
+def test_cub_s_layout_mask_folders_and_coco_agree(pairs, tmp_path):
+    same = ["-k", 3]
+    _, masks = measured(tmp_path, "--data", pairs / "images", pairs / "masks", *same)
+    _, coco = measured(tmp_path, "--data", pairs / "images", coco_of(pairs, tmp_path), *same)
+    cub = tmp_path / "CUB"
+    cub.mkdir()
+    for name, source in (("images", "images"), ("segmentations", "masks")):
+        (cub / name).symlink_to(pairs / source)
+    (cub / "images.txt").write_text("".join(f"{i + 1} {i:02}.png\n" for i in range(12)))
+    (cub / "train_test_split.txt").write_text("".join(f"{i + 1} 0\n" for i in range(12)))
+    _, birds = measured(tmp_path, "--data", cub, *same)
+    assert masks == pytest.approx(coco) and masks == pytest.approx(birds)
+
+
+def test_crowds_are_void(pairs, tmp_path):
+    path = coco_of(pairs, tmp_path)
+    file = json.loads(path.read_text())
+    crowd = file["annotations"][0] | {"id": 99, "iscrowd": 1}
+    path.write_text(json.dumps(file | {"annotations": [crowd, *file["annotations"][1:]]}))
+    found, _ = measured(tmp_path, "--data", pairs / "images", path, "-k", 2)
+    assert found["objects"] == 11
+    coco, rows = evaluation.load_coco(pairs / "images", path)
+    _, _, objects, void = eval_abo.Truth([(p, a) for p, _, a in rows], 64, 30, coco=coco)[0]
+    assert len(objects) == 0 and void.sum() == file["annotations"][0]["area"]
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_checkpoints_gives_a_curve_at_each_ones_k(pairs, finished, tmp_path):
+    """finished: 3 epochs, kept after the 2nd, K from 6 to 2."""
+    out = finished[0]
+    k2 = r2o.num_clusters(2, 3, 6, 2, 0)
+    png = tmp_path / "curve.png"
+    flags = ["--ckpt", out, "--data", pairs / "images", pairs / "masks", "--plot", png, "-k", 3]
+    found, rows = measured(tmp_path, *flags)
+    files = [str(out / "epoch_0002.pth"), str(out / "r2o.pth")]
+    assert {key[:2] for key in rows if key[1]} == {(files[0], k2), (files[0], 3), (files[1], 2), (files[1], 3)}
+    assert {r["masks"]: r["epoch"] for r in found["rows"] if r["K"]} == {files[0]: 2, files[1]: 3}
+    curves, across = eval_abo.curves_of(rows, eval_abo.list_checkpoints(str(out)))
+    assert across == "epoch" and [x for x, _ in curves["pixel masks, K(t)"]] == [2, 3]
+    assert [x for x, _ in curves["region masks, K = 3"]] == [2, 3] and len(curves["grid"]) == 2
+    assert png.exists()
+
+
+def test_the_figures_are_drawn_the_worst_first(pairs, finished, tmp_path, capsys, monkeypatch):
+    notes = []
+    monkeypatch.setattr(r2o, "film_strip", lambda *a, f=r2o.film_strip, **k: notes.append(k["notes"]) or f(*a, **k))
+    flags = ["--data", pairs / "images", pairs / "masks", "--size", 64, "--count", 3]
+    figures.main([str(f) for f in (*flags, "--ckpt", finished[0], "--out", tmp_path)])
+    sizes = [Image.open(tmp_path / f"{name}.png").size for name in ("masks", "objects", "worst")]
+    assert sizes == [(4 * 68 - 4, 16 + 3 * 68 - 4)] * 3
+    result = tmp_path / "cub.json"
+    pick = ["--ckpt", finished[0] / "r2o.pth", *flags[:5], "--json", result]
+    eval_cub.main([str(f) for f in pick])
+    mean = json.loads(result.read_text())["foreground IoU"]
+    ious = [float(note.rsplit(" ", 1)[1]) for note in notes[2]]
+    assert len(ious) == 3 and ious == sorted(ious) and ious[-1] < mean
+    figures.main([str(f) for f in (*flags, "--ckpt", finished[0] / "r2o.pth", "--out", tmp_path)])
+    assert Image.open(tmp_path / "masks.png").size == (7 * 68 - 4, 16 + 3 * 68 - 4)
+
+
+def test_figures_refuse_what_cannot_be_drawn(pairs, tmp_path, refused_figures):
+    flags = ["--ckpt", "random", "--arch", "tiny", "--size", 64, "--out", tmp_path]
+    data = ["--data", pairs / "images", pairs / "masks"]
+    assert "no such folder" in refused_figures(*flags, "--data", tmp_path / "nowhere")
+    assert "-k and --count" in refused_figures(*flags, *data, "-k", 0)
+    assert "no epoch_" in refused_figures("--ckpt", tmp_path, *data, "--out", tmp_path)
+    (tmp_path / "file").touch()
+    assert "cannot make the folder" in refused_figures(*flags, *data, "--out", tmp_path / "file")
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_annotations_that_do_not_fit_are_refused(pairs, tmp_path, refused):
+    images, path = pairs / "images", coco_of(pairs, tmp_path)
+    good = json.loads(path.read_text())
+
+    def said(**changed):
+        path.write_text(json.dumps(good | changed))
+        return refused(*FLAGS, "--data", images, path)
+
+    assert "has no annotations" in said(annotations=[])
+    assert "has category_id 9, none of the 1" in said(annotations=[good["annotations"][0] | {"category_id": 9}])
+    assert "has image_id 5, none of the 12" in said(annotations=[good["annotations"][0] | {"image_id": 5}])
+    assert "1 of the 13 images" in said(images=[*good["images"], good["images"][0] | {"id": 1, "file_name": "x.png"}])
+    assert "expected COCO instances" in said(categories=None)
+    path.write_text("[1, 2]")
+    assert "expected COCO instances" in refused(*FLAGS, "--data", images, path)
+    path.write_text("{")
+    assert "expected COCO instances" in refused(*FLAGS, "--data", images, path)
+    assert "cannot read" in refused(*FLAGS, "--data", images, tmp_path / "nowhere.json")
+
+
+def test_data_and_arguments_that_do_not_fit_are_refused(pairs, tmp_path, refused):
+    data = ["--data", pairs / "images", pairs / "masks"]
+    assert "-k must be at least 1" in refused(*FLAGS, *data, "-k", 4, 0)
+    assert "--group must be at least 1" in refused(*FLAGS, *data, "--group", 0)
+    assert "no object of 9999 pixels" in refused(*FLAGS, *data, "-k", 2, "--min-area", 9999)
+    assert "no epoch_" in refused("--ckpt", tmp_path, *data)
+    assert "one folder or two" in refused(*FLAGS, *data, pairs)
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for i in range(12):
+        Image.fromarray(np.full((20, 80), 255, np.uint8)).save(masks / f"{i:02}.png")
+    assert "is 80 x 20 pixels, the image 80 x 64" in refused(*FLAGS, "--data", pairs / "images", masks, "-k", 2)
+    (masks / "05.png").unlink()
+    assert "1 of 12 images have no mask" in refused(*FLAGS, "--data", pairs / "images", masks)
+    shutil.copytree(pairs / "masks", masks, dirs_exist_ok=True)
+    picture(0).save(masks / "05.png")
+    assert "05.png is coloured" in refused(*FLAGS, "--data", pairs / "images", masks, "-k", 2)

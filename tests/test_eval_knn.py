@@ -1,0 +1,146 @@
+"""eval_knn.py, Table 4: neighbours, votes, processes, and bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, refused_by
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import eval_knn
+
+refused = refused_by(eval_knn)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 40), st.integers(1, 40), st.integers(1, 12), st.integers(1, 9), st.integers(1, 9))
+def test_neighbours_are_those_of_the_whole_matrix_whatever_the_chunks(queries, bank, k, rows, columns):
+    generator = torch.Generator().manual_seed(queries * 100 + bank)
+    q, b = (torch.randn(n, 5, generator=generator) for n in (queries, bank))
+    labels = torch.arange(bank)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval_knn, "BANK", rows)
+        patch.setattr(eval_knn, "QUERIES", columns)
+        similar, whose = eval_knn.nearest(q, b, labels, k)
+    expected, index = (q @ b.T).topk(min(k, bank), dim=1)
+    torch.testing.assert_close(similar[:, :bank], expected)
+    assert torch.equal(whose[:, :bank], index) and (similar[:, bank:] == -torch.inf).all()
+
+
+def test_no_tensor_is_as_large_as_queries_times_bank():
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            out = f(*args, **(kwargs or {}))
+            self.size = max([self.size, *(x.numel() for x in (out,) if isinstance(x, torch.Tensor))])
+            return out
+
+    with Largest() as largest:
+        eval_knn.nearest(torch.randn(3000, 2), torch.randn(40000, 2), torch.zeros(40000).long(), 5)
+    assert largest.size < 1.01 * eval_knn.BANK * eval_knn.QUERIES < 3000 * 40000 / 5
+
+
+def test_votes_by_hand():
+    """At temperature 0.1 a neighbour 0.1 nearer weighs e times as much: one at 0.9 against two at 0.8."""
+    similar, labels = torch.tensor([[0.9, 0.8, 0.8]]), torch.tensor([[2, 0, 0]])
+    weights = eval_knn.votes(similar, labels, 4, 0.1)
+    torch.testing.assert_close(weights, torch.tensor([[2 / np.e, 0, 1, 0]], dtype=torch.float32))
+    assert eval_knn.votes(similar, labels, 4, 0.2).argmax() == 0  # 2 exp(-1/2) > 1
+    assert eval_knn.votes(similar, labels, 4, 1e-4).isfinite().all()
+
+
+def test_accuracy_by_hand():
+    bank = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 0.9]]), dim=1)
+    labels = torch.tensor([0, 0, 1, 2])
+    queries, truth = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 1, 2])
+    found = eval_knn.classify(bank, labels, queries, truth, 3, [1, 4], 0.07, 3)
+    assert found[1]["top-1"] == pytest.approx(200 / 3) and found[4]["top-5"] == 100
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """Three classes that colour tells apart; 6 training and 3 test images of each."""
+    root, rng = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 3)):
+        for c, name in enumerate(("blue", "green", "red")):
+            (root / split / name / "deeper").mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 60, (40, 48, 3))
+                pixels[..., 2 - c] += 180
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / "deeper" / f"{i}.png")
+    return root
+
+
+FLAGS = "--ckpt random --arch tiny --size 32 -k 3 1 --batch-size 4 --workers 0".split()
+
+
+def test_colours_are_told_apart_by_one_process_and_by_two(colours, tmp_path, capsys):
+    out = tmp_path / "one.json"
+    eval_knn.main([*FLAGS, "--data", str(colours), "--json", str(out)])
+    one, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert one["k"] == {"3": {"top-1": 100, "top-5": 100}, "1": {"top-1": 100, "top-5": 100}}
+    assert (one["train"], one["val"], one["classes"]) == (18, 9, 3)
+    assert "| ours: top-1 100.0 %, top-5 100.0 % | theirs: Table 4" in printed
+    out = tmp_path / "two.json"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "eval_knn.py"]
+    folders = [str(colours / "train"), str(colours / "val")]
+    subprocess.run(
+        [*launch, *FLAGS, "--data", *folders, "--json", str(out)],
+        cwd=ROOT,
+        check=True,
+        timeout=120,
+        capture_output=True,
+    )
+    assert json.loads(out.read_text())["k"] == one["k"]
+
+
+def test_processes_of_unequal_shares_find_what_one_finds(tmp_path):
+    """3 processes, 10 rows of the bank, 7 queries: all as in one process, with labels that chance alone would not
+    give."""
+    script = tmp_path / "share.py"
+    script.write_text(
+        "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
+        "import eval_knn, processes\n"
+        "g = torch.Generator().manual_seed(3)\n"
+        "bank, queries = (torch.randn(n, 4, generator=g).half() for n in (10, 7))\n"
+        "y, truth = (torch.randint(0, 6, (n,), generator=g) for n in (10, 7))\n"
+        "alone = eval_knn.classify(bank, y, queries, truth, 6, [2, 5], 0.5, 7)\n"
+        "rank, world, device = processes.place()\n"
+        "processes.tie(rank, world, device)\n"
+        "own = slice(rank, None, world)\n"
+        "found = eval_knn.classify(bank[own], y[own], queries[own], truth[own], 6, [2, 5], 0.5, 7)\n"
+        "assert found == alone and 0 < found[2]['top-1'] < 100, (found, alone)\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    done = subprocess.run([*launch, str(script), str(ROOT)], timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_bad_data_and_arguments_are_refused(colours, tmp_path, refused):
+    train, val = colours / "train", colours / "val"
+    assert "2 of the 3 classes in" in refused(*FLAGS, "--data", only(tmp_path / "one", train, "blue"), val)
+    assert "is in no class folder" in refused(*FLAGS, "--data", train / "blue" / "deeper", val)
+    assert "-k 19 is more than the 18 training images" in refused(*FLAGS, "--data", colours, "-k", 19)
+    assert "no such folder" in refused(*FLAGS, "--data", train)
+    assert "-k must be at least 1" in refused(*FLAGS, "--data", colours, "-k", 0)
+    assert "--temperature above 0" in refused(*FLAGS, "--data", colours, "--temperature", 0)
+    assert "one folder (with train and val) or two" in refused(*FLAGS, "--data", train, val, val)
+    assert "cannot write" in refused(*FLAGS, "--data", colours, "--json", tmp_path / "nowhere/x.json")
+    broken = only(tmp_path / "broken", train, "blue")
+    (broken / "blue/deeper/0.png").write_text("hello")
+    line = refused(*FLAGS, "--data", broken, only(tmp_path / "v", val, "blue"), "-k", 1, "--workers", 1)
+    assert "cannot read" in line and "0.png" in line
+
+
+def only(folder, source, name):
+    """A folder with one of the classes."""
+    shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+    return folder

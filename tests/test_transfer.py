@@ -1,0 +1,433 @@
+"""transfer/segment.py and detect.py, Tables 1, 2, 5, 6: networks, data, measures, runs and resumption, bad input."""
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, load, picture, refused_by, same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import processes
+import r2o
+
+sys.path.insert(0, str(ROOT / "transfer"))
+import detect
+import finetune
+import segment
+
+refused_segment, refused_detect = refused_by(segment), refused_by(detect)
+
+
+# ---- networks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch, width", [("resnet18", 512), ("resnet50", 2048)])
+def test_the_fcn_is_a_2_s(arch, width):
+    """conv5: 3 x 3 with dilation 2, stride 1; two 3 x 3 of 256 with dilation 6, batch norm, ReLU; 1 x 1; stride 16."""
+    fcn = segment.FCN(r2o.build_encoder(arch), 21).eval()
+    convs = [m for m in fcn.encoder.layer4.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert all(m.stride == (1, 1) for m in convs)
+    assert {m.dilation for m in convs if m.kernel_size == (3, 3)} == {(2, 2)}
+    kinds = [type(m).__name__ for m in fcn.head]
+    assert kinds == ["Conv2d", "BatchNorm2d", "ReLU"] * 2 + ["Conv2d"]
+    wide = [fcn.head[i] for i in (0, 3)]
+    assert [(m.in_channels, m.out_channels) for m in wide] == [(width, 256), (256, 256)]
+    assert all(m.kernel_size == (3, 3) and m.dilation == (6, 6) for m in wide) and fcn.head[6].kernel_size == (1, 1)
+    with torch.no_grad():
+        assert r2o.encode(fcn.encoder, torch.zeros(1, 3, 64, 96)).shape == (1, width, 4, 6)
+        assert fcn(torch.zeros(1, 3, 65, 50)).shape == (1, 21, 65, 50)
+
+
+def test_dilated_weights_see_what_they_saw_before():
+    """At stride 1 with dilation 2, every other cell of conv5's output is what it was (its first block apart)."""
+    torch.manual_seed(0)
+    block = r2o.build_encoder("resnet18").eval().layer4[1]
+    x = torch.randn(1, 512, 8, 8)
+    with torch.no_grad():
+        before = block(x)
+        holder = torch.nn.Module()
+        holder.layer4 = block
+        segment.dilate(holder)
+        spread = torch.zeros(1, 512, 16, 16)
+        spread[..., ::2, ::2] = x
+        torch.testing.assert_close(block(spread)[..., ::2, ::2], before)
+
+
+def test_mask_rcnn_normalises_and_trains_all_of_it():
+    net = detect.mask_rcnn(r2o.build_encoder("resnet50"), 80, 256)
+    parts = {"backbone.body", "backbone.fpn", "roi_heads.mask_head"}
+    for part in parts:
+        module = net.get_submodule(part)
+        norms = [m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        convs = [m for m in module.modules() if isinstance(m, torch.nn.Conv2d)]
+        assert len(norms) == len(convs) > 3, part
+    assert all(p.requires_grad for p in net.parameters())
+    assert net.roi_heads.box_predictor.cls_score.out_features == 81
+    synced = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in synced.modules())
+
+
+def test_the_learning_rate_rises_and_drops():
+    rates = [finetune.learning_rate(s, 90, 1.0, 4, (2 / 3, 8 / 9)) for s in range(90)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1, 1] and rates[59] == 1 and rates[60] == pytest.approx(0.1)
+    assert rates[79] == pytest.approx(0.1) and rates[80] == rates[89] == pytest.approx(0.01)
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(20, 70), st.integers(20, 70), st.floats(0.5, 2), st.integers(32, 64))
+def test_crops_keep_maps_on_the_image_and_say_where_they_are(seed, h, w, scale, size):
+    """A map that is the image, thresholded, still is after scaling, mirroring, cutting and padding."""
+    image = torch.zeros(3, h, w, dtype=torch.uint8)
+    image[:, h // 4 : h // 2, w // 3 : 2 * w // 3] = 255
+    maps = (image[:1] > 127).to(torch.uint8)
+    shape = round(scale * h), round(scale * w)
+    x, m, mirrored, top, left = finetune.crop(np.random.default_rng(seed), image, maps, shape, size, 9)
+    assert x.shape == (3, size, size) and m.shape == (1, size, size)
+    inside = torch.zeros(size, size, dtype=torch.bool)
+    inside[: shape[0] - top, : shape[1] - left] = True
+    assert (m[0][~inside] == 9).all() and (m[0][inside] <= 1).all()
+    assert (x[:, ~inside] == torch.tensor([124, 116, 104], dtype=torch.uint8)[:, None]).all()
+    sure = inside & ((x[0] < 60) | (x[0] > 195))
+    wrong = (m[0] != (x[0] > 127).to(torch.uint8)) & sure
+    assert wrong.sum() <= 0.02 * sure.sum()
+    y, x0 = (torch.tensor([h // 4, h // 2]) * scale, torch.tensor([w // 3, 2 * w // 3]) * scale)
+    x0 = (shape[1] - x0).flip(0) if mirrored else x0
+    y, x0 = y - top, x0 - left
+    rows, columns = (torch.where(m[0] == 1)[i] for i in (0, 1))
+    if len(rows):
+        assert y[0] - 2 <= rows.min() and rows.max() <= y[1] + 2
+        assert x0[0] - 2 <= columns.min() and columns.max() <= x0[1] + 2
+
+
+def voc(root, count=4):
+    """Ellipses as PASCAL VOC: their class is 5, their outline void."""
+    base = root / "VOCdevkit/VOC2012"
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (base / name).mkdir(parents=True)
+    for i in range(count):
+        im = picture(i)
+        im.save(base / f"JPEGImages/{i}.jpg", quality=95)
+        mask = np.abs(np.asarray(im).astype(int) - np.asarray(im)[:1, :1]).sum(2) > 90
+        label = np.where(mask, 5, 0).astype(np.uint8)
+        label[:, :-1][mask[:, :-1] != mask[:, 1:]] = 255
+        palette = Image.fromarray(label, "P")
+        palette.putpalette([i % 256 for i in range(768)])
+        palette.save(base / f"SegmentationClass/{i}.png")
+    for split in ("train", "val"):
+        (base / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(map(str, range(count))))
+    return root
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return voc(tmp_path_factory.mktemp("voc"))
+
+
+def test_cityscapes_ids_become_its_19_classes(tmp_path):
+    ids = segment.cityscapes_ids()
+    assert (ids[7], ids[8], ids[33], ids[24]) == (0, 1, 18, 11)  # road, sidewalk, bicycle, person
+    assert ids[0] == ids[255] == ids[9] == ids[29] == 255  # unlabelled, licence plate, parking, caravan
+    assert sorted(set(ids.values())) == [*range(19), 255] and len(segment.NAMES["cityscapes"]) == 19
+    assert len(segment.NAMES["voc"]) == 21
+    for split in ("train", "val"):
+        for kind, suffix, pixels in (("leftImg8bit", "leftImg8bit", 0), ("gtFine", "gtFine_labelIds", 7)):
+            folder = tmp_path / kind / split / "town"
+            folder.mkdir(parents=True)
+            shape = (20, 30, 3) if kind == "leftImg8bit" else (20, 30)
+            Image.fromarray(np.full(shape, pixels, np.uint8)).save(folder / f"town_0_0_{suffix}.png")
+    root, which = segment.which_data(tmp_path)
+    scenes = segment.Scenes(segment.open_split(root, which, "val"), ids, "val")
+    image, label = scenes.whole(0)
+    assert which == "cityscapes" and image.shape == (3, 20, 30) and (label == 0).all()
+
+
+def test_sbd_adds_what_voc_has_not(shapes, tmp_path):
+    """train_aug: VOC's train, and SBD's images of neither of VOC's splits."""
+    scipy_io = pytest.importorskip("scipy.io")
+    for name in ("img", "cls"):
+        (tmp_path / name).mkdir()
+    for name in ("0", "new", "other"):
+        picture(9).save(tmp_path / f"img/{name}.jpg")
+        truth = {"Segmentation": np.full((64, 80), 3, np.uint8)}
+        scipy_io.savemat(tmp_path / f"cls/{name}.mat", {"GTcls": truth})
+    (tmp_path / "train.txt").write_text("0\nnew\n")
+    (tmp_path / "val.txt").write_text("other\n")
+    both = segment.open_split(shapes, "voc", "train", tmp_path)
+    scenes = segment.Scenes(both, {i: i for i in [*range(21), 255]}, "train_aug")
+    assert len(scenes) == 4 + 2 and (scenes.whole(4)[1] == 3).all()
+
+
+# ---- measures -------------------------------------------------------------------------------------------------------
+
+
+def test_miou_by_hand():
+    """Class 0: 2 of 4; class 1: 1 of 3; class 2 is neither there nor predicted; void counts for nothing."""
+    truth = torch.tensor([[0, 0, 1, 1, 0, 255]])
+    predicted = torch.tensor([[0, 0, 1, 0, 1, 2]])
+    ious = segment.class_ious(segment.count_pairs(predicted, truth, 3))
+    assert ious[0] == 2 / 4 and ious[1] == 1 / 3 and ious[2].isnan()
+
+
+# ---- runs of segment.py ---------------------------------------------------------------------------------------------
+
+
+SEGMENT = "--ckpt random --arch tiny --crop 64 --batch-size 2 --workers 0".split()
+
+
+def results(out):
+    return json.loads((out / "results.json").read_text())
+
+
+def test_a_run_learns_its_training_images_and_says_how_well(shapes, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["--data", shapes, "--out", out, "--epochs", 30, "--lr", 0.05, 1e-6, "--seeds", 0, 1, "--scales", 1, 1]
+    segment.main([str(f) for f in (*SEGMENT, *flags)])
+    found, printed = results(out), capsys.readouterr().out
+    assert found["best lr"] == 0.05 and found["images"] == 4 and len(found["runs"]["1e-06"]) == 2
+    good = [one["mIoU"] for one in found["runs"]["0.05"]]
+    assert min(good) > 80 > 60 > max(one["mIoU"] for one in found["runs"]["1e-06"])
+    spread = np.std(good, ddof=1)
+    row = f"ours: mIoU {np.mean(good):.2f} ± {spread:.2f} (n = 2, lr 0.05) | theirs: Table 1, mIoU 77.3"
+    assert row in printed.splitlines()[-1]
+    each = json.loads((out / "lr0.05-seed1/result.json").read_text())["IoU"]
+    assert each["bottle"] > 50 and each["cat"] is None
+    assert Image.open(out / "lr0.05-seed0/masks.png").size == (3 * 228 - 4, 16 + 4 * 228 - 4)
+
+
+def stopped_after(monkeypatch, program, steps, flags):
+    """Runs until a stop signal comes during step `steps`."""
+
+    class Told(list):
+        asked = 0
+
+        def __bool__(self):
+            self.asked += 1
+            return self.asked >= steps
+
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "stop_signals", lambda: contextlib.nullcontext(Told()))
+        with pytest.raises(SystemExit) as stop:
+            program.main(flags)
+    assert stop.value.code == processes.STOPPED
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(shapes, tmp_path, monkeypatch):
+    def flags(name):
+        more = ["--data", shapes, "--out", tmp_path / name, "--epochs", 3, "--seeds", 4, "--lr", 0.01]
+        return [str(f) for f in (*SEGMENT, *more)]
+
+    segment.main(flags("whole"))
+    stopped_after(monkeypatch, segment, 3, flags("parts"))
+    assert load(tmp_path / "parts/lr0.01-seed4/last.pth")["step"] == 3
+    segment.main(flags("parts"))
+    whole, parts = (load(tmp_path / name / "lr0.01-seed4/last.pth") for name in ("whole", "parts"))
+    assert whole["step"] == 6 and same(whole, parts)
+    assert results(tmp_path / "whole")["runs"] == results(tmp_path / "parts")["runs"]
+    segment.main(flags("parts"))  # done: evaluated again, not trained
+    assert results(tmp_path / "whole")["runs"] == results(tmp_path / "parts")["runs"]
+
+
+def test_two_processes_train_and_evaluate_together(shapes, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    more = ["--data", str(shapes), "--out", str(tmp_path), "--epochs", "2", "--lr", "0.01", "--seeds", "0"]
+    command = [*launch, "transfer/segment.py", *SEGMENT, *more]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    together = results(tmp_path)["runs"]["0.01"][0]["mIoU"]
+    segment.main([*SEGMENT, *more])  # one process evaluates what two have trained
+    assert results(tmp_path)["runs"]["0.01"][0]["mIoU"] == pytest.approx(together)
+
+
+def test_segment_refuses_what_does_not_fit(shapes, tmp_path, refused_segment):
+    def said(*flags, data=shapes):
+        out = tmp_path / f"out-{data.name}"
+        return refused_segment(*SEGMENT, "--data", data, "--out", out, "--seeds", 0, *flags)
+
+    assert "--batch-size 8 is larger than the data (4 images)" in said("--batch-size", 8)
+    assert "--lr must be above 0" in said("--lr", 0)
+    assert "--epochs must be at least 0" in said("--epochs", -1)
+    assert "--scales" in said("--scales", 2, 1)
+    assert "cannot open valid" in said("--val-split", "valid")
+    assert "is neither: expected the folder of VOCdevkit" in said(data=tmp_path)
+    assert "matches" in said("--ckpt", weights(tmp_path)) and "no such checkpoint" in said("--ckpt", "nowhere.pth")
+    done = ["--data", shapes, "--out", tmp_path / f"out-{shapes.name}", "--seeds", 0, "--epochs", 1]
+    segment.main([str(f) for f in (*SEGMENT, *done)])
+    line = said("--epochs", 2)
+    assert "was trained with epochs 1, now it is 2: pass another --out" in line
+    broken = voc(tmp_path / "broken", 2)
+    label = broken / "VOCdevkit/VOC2012/SegmentationClass/1.png"
+    Image.fromarray(np.full((64, 80), 77, np.uint8)).save(label)
+    assert "has class id 77: expected 0, 1, 2" in said(data=broken)
+    assert "has class id 77" in said("--workers", 1, data=broken)
+    Image.fromarray(np.zeros((10, 10), np.uint8)).save(label)
+    assert "has shape (10, 10), the image (64, 80)" in said(data=broken)
+    label.unlink()
+    assert "is the data set complete?" in said(data=broken)
+
+
+def weights(tmp_path):
+    path = tmp_path / "half.pth"
+    torch.save({"arch": "tiny", "state_dict": dict(list(r2o.build_encoder("tiny").state_dict().items())[:9])}, path)
+    return path
+
+
+# ---- detect.py ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    """6 images of one or two rectangles of two categories, as COCO's train2017 and val2017; one holds a crowd too."""
+    pytest.importorskip("pycocotools")
+    root = tmp_path_factory.mktemp("coco")
+    (root / "annotations").mkdir()
+    for split in ("train2017", "val2017"):
+        (root / split).mkdir()
+        images, annotations = [], []
+        for i in range(6):
+            rng = np.random.default_rng(i)
+            pixels = rng.integers(0, 50, (60, 90, 3)).astype(np.uint8)
+            images.append({"id": 10 + i, "file_name": f"{i}.png", "height": 60, "width": 90})
+            for c in range(1 + i % 2):
+                x, y, w, h = 5 + 45 * c + int(rng.integers(0, 8)), int(rng.integers(2, 20)), 30, 25
+                pixels[y : y + h, x : x + w, c] = 220
+                ring = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+                one = {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0, "segmentation": ring}
+                annotations.append(one | {"id": len(annotations) + 1, "image_id": 10 + i, "category_id": (3, 90)[c]})
+            Image.fromarray(pixels).save(root / split / f"{i}.png")
+        crowd = {"size": [60, 90], "counts": [0, 60 * 90]}
+        one = {"id": 99, "image_id": 10, "category_id": 3, "iscrowd": 1, "area": 5400, "bbox": [0, 0, 90, 60]}
+        annotations.append(one | {"segmentation": crowd})
+        images.append({"id": 50, "file_name": "0.png", "height": 60, "width": 90})  # without objects
+        names = [{"id": 90, "name": "green"}, {"id": 3, "name": "red"}]
+        file = {"images": images, "annotations": annotations, "categories": names}
+        (root / f"annotations/instances_{split}.json").write_text(json.dumps(file))
+    return root
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.integers(0, 5))
+def test_boxes_masks_and_pixels_of_an_object_stay_together(coco, epoch, i):
+    """Whatever the scale, mirroring and window: the box encloses the mask, the mask its coloured pixels."""
+    image, target = objects_of(coco)[epoch, i]
+    assert image.shape == (3, 96, 96) and len(target["boxes"]) == len(target["labels"]) == len(target["masks"])
+    for box, label, mask in zip(*(target[name] for name in ("boxes", "labels", "masks")), strict=True):
+        rows, columns = torch.where(mask == 1)
+        around = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        assert (box - around).abs().max() <= 2.5
+        channel = int(label) - 1  # categories 3 and 90 become labels 1 and 2, red and green
+        inner = torch.nn.functional.max_pool2d(1 - mask[None].float(), 5, 1, 2)[0] == 0
+        if inner.any():
+            assert (image[channel][inner] > 150).float().mean() > 0.95
+
+
+objects = {}
+
+
+def objects_of(coco):
+    return objects.setdefault(coco, detect.Objects(coco, "train2017", 96))
+
+
+def test_crowds_and_empty_images_are_not_trained_on_but_evaluated(coco):
+    data = objects_of(coco)
+    assert [i for _, i, _ in data.rows] == [10, 11, 12, 13, 14, 15]
+    assert all(not a["iscrowd"] for _, _, of in data.rows for a in of)
+    assert len(detect.Objects(coco, "val2017", 96, trains=False)) == 7
+
+
+def test_ap_of_the_truth_is_100_and_of_nothing_0(coco):
+    from pycocotools import mask as rle
+
+    val = detect.Objects(coco, "val2017", 96, trains=False)
+    found = []
+    for a in val.coco.dataset["annotations"]:
+        if not a["iscrowd"]:
+            code = rle.encode(np.asfortranarray(val.coco.annToMask(a)))
+            code["counts"] = code["counts"].decode()
+            keys = {key: a[key] for key in ("image_id", "category_id", "bbox")}
+            found.append(keys | {"score": 0.9, "segmentation": code})
+    shifted = [one | {"bbox": [v + 15 for v in one["bbox"]]} for one in found]
+    assert detect.average_precision(val.coco, found, "bbox")[0]["AP"] == pytest.approx(100)
+    assert detect.average_precision(val.coco, shifted, "bbox")[0]["AP50"] < 50
+    scores, summary = detect.average_precision(val.coco, shifted, "segm")  # masks, and their areas, are not the boxes'
+    assert scores["AP"] == pytest.approx(100) and "Average Precision" in summary
+    assert detect.average_precision(val.coco, [], "bbox") == ({"AP": 0.0, "AP50": 0.0, "AP75": 0.0}, "no detections")
+
+
+DETECT = "--ckpt random --arch tiny --size 64 --batch-size 2 --workers 0 --lr 0.01 --warmup 2".split()
+
+
+def test_a_detector_trains_resumes_and_is_measured(coco, tmp_path, monkeypatch, capsys):
+    def flags(name):
+        return [str(f) for f in (*DETECT, "--data", coco, "--out", tmp_path / name, "--epochs", 1)]
+
+    detect.main(flags("whole"))
+    printed = capsys.readouterr().out
+    assert "| theirs: Table 1, box AP 41.7, mask AP 38.3" in printed and "box AP" in printed
+    stopped_after(monkeypatch, detect, 2, flags("parts"))
+    detect.main(flags("parts"))
+    whole, parts = (load(tmp_path / name / "lr0.01-seed0/last.pth") for name in ("whole", "parts"))
+    assert whole["step"] == 3 and same(whole, parts)
+    result = json.loads((tmp_path / "parts/lr0.01-seed0/result.json").read_text())
+    assert 0 <= result["box AP"] <= 100 and "mask AP50" in result
+    assert Image.open(tmp_path / "whole/lr0.01-seed0/masks.png").width == 3 * 228 - 4
+
+
+def test_detections_are_in_the_image_s_pixels_and_coco_s_categories(coco):
+    class Sees(torch.nn.Module):
+        """One box, of label 2, in a quarter of each image."""
+
+        def forward(self, images):
+            (image,) = images
+            mask = torch.zeros(1, 1, *image.shape[1:])
+            mask[..., :30, 45:] = 0.9
+            box = torch.tensor([[45.0, 0, 90, 30]])
+            return [{"boxes": box, "labels": torch.tensor([2]), "scores": torch.tensor([0.7]), "masks": mask}]
+
+    val = detect.Objects(coco, "val2017", 96, trains=False)
+    found = detect.find(Sees(), val, argparse.Namespace(workers=0))
+    assert [one["image_id"] for one in found] == [10, 11, 12, 13, 14, 15, 50]
+    assert found[0]["category_id"] == 90 and found[0]["bbox"] == [45, 0, 45, 30]
+    _, predicted, truth = detect.picture(val, 1, found)
+    assert (
+        (predicted[:30, 45:] == 0).all() and (predicted == 0).sum() == 30 * 45 and truth.unique().tolist() == [-1, 0, 1]
+    )
+
+
+def test_detect_refuses_what_does_not_fit(coco, tmp_path, refused_detect):
+    def said(*flags, data=coco):
+        return refused_detect(*DETECT, "--data", data, "--out", tmp_path / "out", *flags)
+
+    def mended(**changed):
+        file = json.loads((coco / "annotations/instances_val2017.json").read_text()) | changed
+        for name in ("val2017", "train2017"):
+            (tmp_path / name).exists() or (tmp_path / name).symlink_to(coco / name)
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / "annotations/instances_val2017.json").write_text(json.dumps(file))
+        train = (coco / "annotations/instances_train2017.json").read_text()
+        (tmp_path / "annotations/instances_train2017.json").write_text(train)
+        return tmp_path
+
+    assert "--size must be a multiple of 32" in said("--size", 70)
+    assert "--warmup 0 or more" in said("--warmup", -1)
+    assert "larger than the data (6 images)" in said("--batch-size", 7)
+    assert "cannot read" in said("--val-split", "test2017")
+    assert "has no annotations" in said(data=mended(annotations=[]))
+    names = [{"id": i, "name": "x"} for i in (3, 90, 91)]
+    assert "list different categories" in said(data=mended(categories=names))
+    wrong = [{"id": 10, "file_name": "0.png", "height": 90, "width": 60}]
+    data = mended(images=wrong, annotations=[a for a in annotations_of(coco) if a["image_id"] == 10])
+    assert "is 90 x 60 pixels, its annotations 60 x 90" in said("--epochs", 0, data=data)
+
+
+def annotations_of(coco):
+    return json.loads((coco / "annotations/instances_val2017.json").read_text())["annotations"]
