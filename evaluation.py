@@ -192,6 +192,8 @@ def load_coco(folder: Path, file: Path) -> tuple:
                     raise UsageError(
                         f"annotation {a['id']} of {file} has {key} {a[key]}, none of the {len(known)} listed there"
                     )
+            if not a["segmentation"] or len(a["bbox"]) != 4 or a["iscrowd"] not in (0, 1):
+                raise UsageError(f"annotation {a['id']} of {file} needs a segmentation, a bbox of 4, iscrowd 0 or 1")
         rows = [(Path(folder, image["file_name"]), i, coco.imgToAnns[i]) for i, image in sorted(coco.imgs.items())]
     except (OSError, AssertionError, TypeError, KeyError, ValueError) as e:
         if isinstance(e, UsageError):
@@ -214,7 +216,7 @@ def load_coco(folder: Path, file: Path) -> tuple:
 
 def row(task: str, line: str, ours: str, theirs: str) -> str:
     """A row of the README's table: the evaluation, the encoder, our figures, and the authors', marked as theirs."""
-    return f"| {task} | {line.split(':')[0].split(', batch')[0]} | ours: {ours} | theirs: {theirs} |"
+    return f"| {task} | {line.rsplit(': ', 1)[0]} | ours: {ours} | theirs: {theirs} |"
 
 
 def shrink(mask: Tensor, size: int) -> Tensor:

@@ -216,6 +216,8 @@ def test_annotations_that_do_not_fit_are_refused(pairs, tmp_path, refused):
     assert "has image_id 5, none of the 12" in said(annotations=[good["annotations"][0] | {"image_id": 5}])
     assert "1 of the 13 images" in said(images=[*good["images"], good["images"][0] | {"id": 1, "file_name": "x.png"}])
     assert "expected COCO instances" in said(categories=None)
+    assert "annotation 1 of" in (line := said(annotations=[good["annotations"][0] | {"segmentation": []}]))
+    assert "needs a segmentation" in line
     path.write_text("[1, 2]")
     assert "expected COCO instances" in refused(*FLAGS, "--data", images, path)
     path.write_text("{")
