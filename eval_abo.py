@@ -72,7 +72,7 @@ class Truth(torch.utils.data.Dataset):
             objects = [mask for mask, crowd in objects if not crowd]
             empty = torch.zeros(0, *image.shape[1:], dtype=torch.bool)
             objects, crowds = (torch.stack(x) if x else empty for x in (objects, crowds))
-            void = crowds.any(0)
+            void = crowds.any(0) & ~objects.any(0)
         else:
             objects, void = objects_of(evaluation.read(lambda p: evaluation.read_ids(p, self.kind), of))
         (h, w), (oh, ow) = image.shape[1:], objects.shape[1:]

@@ -938,11 +938,13 @@ def load_encoder(ckpt: str, arch: str | None = None) -> tuple[nn.Module, str]:
 
 
 def match(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[list[str], list[str]]:
-    """Names of `own` that state has in the same shape, and all that do not fit, of both. Batch norm's counters, which
-    nothing here reads, may be missing, as they are in torchvision's older files."""
+    """Names of `own` that state has in the same shape, and all that do not fit, of both: none where only batch norm's
+    counters are missing, as they are in torchvision's older files; nothing here reads them."""
     matched = [name for name, x in own.items() if getattr(state.get(name), "shape", None) == x.shape]
-    spare = {name for name in own if name.endswith("num_batches_tracked") and name not in state}
-    return matched, [name for name in [*own, *state] if name not in {*matched, *spare}]
+    fitting = set(matched)
+    rest = [name for name in [*own, *state] if name not in fitting]
+    counters = all(name.endswith("num_batches_tracked") and name not in state for name in rest)
+    return matched, [] if counters else rest
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -152,6 +152,10 @@ def test_crowds_are_void(pairs, tmp_path):
     coco, rows = evaluation.load_coco(pairs / "images", path)
     _, _, objects, void = eval_abo.Truth([(p, a) for p, _, a in rows], 64, 30, coco=coco)[0]
     assert len(objects) == 0 and void.sum() == file["annotations"][0]["area"]
+    path.write_text(json.dumps(file | {"annotations": [crowd, *file["annotations"]]}))  # a crowd where an object is
+    coco, rows = evaluation.load_coco(pairs / "images", path)
+    _, _, objects, void = eval_abo.Truth([(p, a) for p, _, a in rows], 64, 30, coco=coco)[0]
+    assert objects.sum() == file["annotations"][0]["area"] and not void.any()
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
