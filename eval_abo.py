@@ -55,10 +55,10 @@ def objects_of(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 class Truth(torch.utils.data.Dataset):
     """(image (3, S, S) uint8, prior (h, w) uint8, objects (n, h, w) bool, void (h, w) bool) of every image. of: one of
-    its annotations, as a file (kind: see evaluation.read_ids) or a list of COCO's, decoded by `coco`."""
+    its annotations: a file (kind: see evaluation.read_ids), or an image of evaluation.load_coco."""
 
-    def __init__(self, rows: list[tuple[Path, object]], size: int, segments: int, kind: str = "auto", coco=None):
-        self.rows, self.size, self.segments, self.kind, self.coco = rows, size, segments, kind, coco
+    def __init__(self, rows: list[tuple[Path, object]], size: int, segments: int, kind: str = "auto"):
+        self.rows, self.size, self.segments, self.kind = evaluation.Packed(rows), size, segments, kind
 
     def __len__(self):
         return len(self.rows)
@@ -66,11 +66,12 @@ class Truth(torch.utils.data.Dataset):
     def __getitem__(self, i: int):
         path, of = self.rows[i]
         image = evaluation.read(r2o.read_image, path)
-        if self.coco:
-            objects = [(torch.from_numpy(self.coco.annToMask(a)).bool(), a["iscrowd"]) for a in of]
+        if isinstance(of, dict):
+            h, w = of["height"], of["width"]
+            objects = [(evaluation.decode(a["segmentation"], h, w).bool(), a["iscrowd"]) for a in of["annotations"]]
             crowds = [mask for mask, crowd in objects if crowd]
             objects = [mask for mask, crowd in objects if not crowd]
-            empty = torch.zeros(0, *image.shape[1:], dtype=torch.bool)
+            empty = torch.zeros(0, h, w, dtype=torch.bool)
             objects, crowds = (torch.stack(x) if x else empty for x in (objects, crowds))
             void = crowds.any(0) & ~objects.any(0)
         else:
@@ -84,8 +85,8 @@ class Truth(torch.utils.data.Dataset):
 
 def list_truth(args) -> Truth:
     if len(args.data) == 2 and args.data[1].suffix == ".json":
-        coco, rows = evaluation.load_coco(*args.data)
-        return Truth([(path, of) for path, _, of in rows if of], args.size, args.segments, coco=coco)
+        rows = [(row["path"], row) for row in evaluation.load_coco(*args.data)[1] if row["annotations"]]
+        return Truth(rows, args.size, args.segments)
     return Truth(evaluation.list_masks(args.data, args.split), args.size, args.segments, args.masks)
 
 
@@ -208,7 +209,7 @@ def evaluate(args) -> int:
     device = processes.place()[2]
     checkpoints = list_checkpoints(args.ckpt)
     encoders, ks, lines = {}, {}, {}
-    some = [path for path, _ in truth.rows]
+    some = [truth.rows[i][0] for i in range(min(256, len(truth)))]
     for path, _, own in checkpoints:
         one = argparse.Namespace(ckpt=path, arch=args.arch)
         encoders[path], lines[path] = evaluation.load_encoder(one, evaluation.squares(some, args.size), device)
@@ -244,6 +245,7 @@ def evaluate(args) -> int:
     ours += f"{scores['SLIC prior', None, None]:.3f} (SLIC prior), {scores['grid', None, None]:.3f} (grid)"
     task = f"best overlap, {args.data[0].name}, K = {k}, {count} objects"
     print(evaluation.row(task, lines[path], ours, "Fig. 4, a curve"))
+    evaluation.write_json(args.json, found | {"rows": rows})
     return 0
 
 
@@ -253,8 +255,7 @@ def parse_args(argv):
     data = "CUB_200_2011; or a folder of images and one of masks of the same names; or one and a COCO instances JSON"
     p.add_argument("--data", required=True, nargs="+", type=Path, help=data)
     p.add_argument("--split", default="test", help="CUB's own test set, or a file of ids (default: %(default)s)")
-    masks = "what mask files hold: an object above half of 255, or an id for each (default: told by their values)"
-    p.add_argument("--masks", default="auto", choices=("auto", "binary", "ids"), help=masks)
+    evaluation.add_masks_flag(p)
     ks = "clusters (default: 128 64 16 4, for a folder 4; and what K(t) was, where the checkpoint says so)"
     p.add_argument("-k", type=int, nargs="+", help=ks)
     p.add_argument("--group", type=int, default=32, help="images that share one K-means (default: %(default)s)")

@@ -23,9 +23,9 @@ import r2o
 METRICS = "foreground IoU", "mean IoU", "pixel accuracy"
 
 
-def read_foreground(path: Path) -> torch.Tensor:
-    """A mask file as bool (h, w)."""
-    return evaluation.read_ids(path) > 0
+def read_foreground(path: Path, kind: str = "auto") -> torch.Tensor:
+    """A mask file as bool (h, w); void pixels are none of it."""
+    return evaluation.read_ids(path, kind) > 0
 
 
 @torch.no_grad()
@@ -39,9 +39,14 @@ def segment(encoder: torch.nn.Module, images: torch.Tensor, k: int, layer: str =
     return r2o.cluster_scores(points, centers).mT.unflatten(2, (H, W))
 
 
-def match_foreground(segments: torch.Tensor, k: int, truth: torch.Tensor) -> tuple[int, dict[str, float]]:
+def match_foreground(
+    segments: torch.Tensor, k: int, truth: torch.Tensor, void: torch.Tensor | None = None
+) -> tuple[int, dict[str, float]]:
     """The segment that overlaps the true foreground best, and the metrics of calling that foreground, all else not.
-    segments: (h, w) ids < k; truth: (h, w) bool. With a single object, Hungarian matching is this maximum."""
+    segments: (h, w) ids < k; truth: (h, w) bool; void: (h, w) bool, pixels that are left out. With a single object,
+    Hungarian matching is this maximum."""
+    if void is not None:
+        segments, truth = segments[~void], truth[~void]
 
     def iou(a, b):
         return ((a & b).sum() / (a | b).sum().clamp(min=1)).item()
@@ -57,7 +62,7 @@ def match_foreground(segments: torch.Tensor, k: int, truth: torch.Tensor) -> tup
     }
 
 
-def segmented(encoder, pairs, k: int, layer: str, size: int, device):
+def segmented(encoder, pairs, k: int, layer: str, size: int, device, kind: str = "auto"):
     """Segments images one by one. Yields (image (3, S, S) uint8, segments (h, w), the foreground's id, truth (h, w),
     metrics)."""
     generator = torch.Generator().manual_seed(0)
@@ -66,9 +71,9 @@ def segmented(encoder, pairs, k: int, layer: str, size: int, device):
         images = torch.stack([evaluation.read_square(image, size) for image, _ in batch])
         maps = segment(encoder, r2o.normalize(images.to(device)), k, layer, generator).cpu()
         for i, (_, mask) in enumerate(batch):
-            truth = evaluation.read(read_foreground, mask)
-            segments = F.interpolate(maps[i : i + 1], truth.shape, mode="bilinear").argmax(1)[0]
-            best, score = match_foreground(segments, k, truth)
+            ids = evaluation.read(lambda path: evaluation.read_ids(path, kind), mask)
+            segments, truth = F.interpolate(maps[i : i + 1], ids.shape, mode="bilinear").argmax(1)[0], ids > 0
+            best, score = match_foreground(segments, k, truth, ids == -1)
             yield images[i], segments, best, truth, score
 
 
@@ -108,7 +113,7 @@ def evaluate(args) -> int:
     encoder, line = evaluation.load_encoder(args, evaluation.squares([p for p, _ in pairs], args.size), device)
     print(f"{line}; ops: {r2o.extension(device)}", flush=True)
     scores, shown, show = [], [], evenly(len(pairs), 8) if args.vis else []
-    results = segmented(encoder, pairs, args.k, args.layer, args.size, device)
+    results = segmented(encoder, pairs, args.k, args.layer, args.size, device, args.masks)
     for i, result in enumerate(tqdm(results, "segmenting", len(pairs), unit="img", dynamic_ncols=True)):
         if result[3].any():
             scores.append(result[4])
@@ -118,16 +123,17 @@ def evaluate(args) -> int:
     split = args.split if len(args.data) == 1 else "all"
     protocol = {"layer": args.layer, "size": args.size, "K": args.k, "split": split, "matching": "by the truth"}
     result = {"ckpt": args.ckpt, "encoder": line, "data": [str(d) for d in args.data], **protocol, **means}
-    evaluation.write_json(args.json, result)
-    if args.vis:
-        r2o.film_strip(columns(shown, args.k)).save(args.vis)
     print(f"{args.k} segments of {args.layer} at {args.size} pixels, split {split}, n = {means['n']}")
     print("the foreground segment is chosen by the truth, as in the paper")
     for name in METRICS:
         print(f"{name:15s} {means[name]:.3f}" + ("   of foreground and background" if name == "mean IoU" else ""))
     ours = ", ".join(f"{name} {means[name]:.3f}" for name in METRICS)
     task = f"{args.data[0].name}, K = {args.k}, n = {means['n']}"
-    print(evaluation.row(task, line, ours, "Table 3, CUB: mIoU 2.9 points above the best before (their abstract)"))
+    theirs = "Table 3, CUB: mIoU 2.9 points above the best before (their abstract)"
+    print(evaluation.row(task, line, ours, theirs), flush=True)
+    evaluation.write_json(args.json, result)
+    if args.vis:
+        r2o.film_strip(columns(shown, args.k)).save(args.vis)
     return 0
 
 
@@ -138,6 +144,7 @@ def parse_args(argv):
     p.add_argument("--data", required=True, nargs="+", type=Path, help=data)
     split = "CUB's own test set, or a file of ids, such as ReDO's (default: %(default)s)"
     p.add_argument("--split", default="test", help=split)
+    evaluation.add_masks_flag(p)
     p.add_argument("--layer", default="c4", choices=("c4", "c5"), help="features to cluster (default: %(default)s)")
     size = "images are resized to this side; twice it for finer segments (default: %(default)s)"
     p.add_argument("--size", type=int, default=224, help=size)

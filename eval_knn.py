@@ -35,7 +35,7 @@ class Labelled(torch.utils.data.Dataset):
 
     def __init__(self, folder: Path, size: int, classes: list[str] | None = None):
         """classes: those to find, in the order of their labels (default: the folder's)."""
-        self.images, self.size = files.list_images(folder), size
+        self.images, self.size = files.list_images(folder, train=False), size
         names = [os.fsdecode(name).split("/")[:-1] for name in self.images]
         loose = next((i for i, parts in enumerate(names) if not parts), None)
         if loose is not None:
@@ -76,6 +76,10 @@ def features(encoder, data: Labelled, rank: int, world: int, args, device, title
         for images, y in crops(data, own, args):
             c5 = r2o.encode(encoder, r2o.normalize(images.to(device)))
             rows = F.normalize(c5.float().mean((2, 3)), dim=1).half()
+            if not rows.isfinite().all():
+                raise UsageError(
+                    f"the features of {args.ckpt} are not finite: its weights are not those of a sound run"
+                )
             if found is None:
                 found = rows.new_empty(len(own), rows.shape[1])
             found[start : start + len(rows)], labels[start : start + len(rows)] = rows, y.to(device)
@@ -148,6 +152,8 @@ def evaluate(args) -> int:
     evaluation.check_size(args.size)
     evaluation.check_outputs(args.json)
     folders = args.data if len(args.data) == 2 else [args.data[0] / "train", args.data[0] / "val"]
+    if Path(folders[0]).resolve() == Path(folders[1]).resolve():
+        raise UsageError(f"--data names {folders[0]} twice: expected training images and others to test on")
     train = Labelled(folders[0], args.size)
     val = Labelled(folders[1], args.size, train.classes)
     if max(args.k) > len(train):
@@ -168,13 +174,13 @@ def evaluate(args) -> int:
         counts = {"train": len(train), "val": len(val), "classes": len(train.classes)}
         protocol = {"size": args.size, "temperature": args.temperature}
         found = {"ckpt": args.ckpt, "encoder": line, "data": [str(f) for f in folders], **counts, **protocol}
-        evaluation.write_json(args.json, found | {"k": accuracy})
         for k, a in accuracy.items():
             print(f"k = {k:3}: top-1 {a['top-1']:.2f} %, top-5 {a['top-5']:.2f} %")
         a = accuracy[args.k[0]]
         task = f"k-NN, {args.data[0].name}, k = {args.k[0]}, {len(val)} images of {len(train.classes)} classes"
         ours = f"top-1 {a['top-1']:.1f} %, top-5 {a['top-5']:.1f} %"
-        print(evaluation.row(task, line, ours, "Table 4, ImageNet-1K (not recorded here)"))
+        print(evaluation.row(task, line, ours, "Table 4, ImageNet-1K (not recorded here)"), flush=True)
+        evaluation.write_json(args.json, found | {"k": accuracy})
     return 0
 
 

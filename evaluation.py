@@ -6,6 +6,8 @@ import importlib.util
 import io
 import json
 import os
+import pickle
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +60,7 @@ def draw_masks(c4: Tensor, regions: Tensor, k: int, assign: str, generator: torc
     """Masks as in training, of one group of images that share K clusters. c4: (B, C, H, W); regions: (B, h, w).
     Returns (B, H, W) for assign = "pixel", (B, h, w) for "region"."""
     uniforms = r2o.seeding_uniforms(1, k, generator).to(c4.device)
-    return r2o.R2O("tiny", assign=assign, hidden=1, dim=1).draw_masks(c4, regions, k, uniforms)  # its encoders are idle
+    return r2o.draw_masks(c4, regions, k, uniforms, assign=assign)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,10 +69,12 @@ def draw_masks(c4: Tensor, regions: Tensor, k: int, assign: str, generator: torc
 
 
 def read(reader, path: str | Path) -> Tensor:
-    """reader(path), whose failure is one of the data's."""
+    """reader(path), whose failure is one of the data's. Pillow raises much else than OSError for damaged files."""
     try:
         return reader(path)
-    except OSError as e:
+    except UsageError:
+        raise
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as e:
         raise UsageError(f"cannot read {path} ({e})") from None
 
 
@@ -79,30 +83,45 @@ def read_square(path: str | Path, size: int) -> Tensor:
     return r2o.resize(read(r2o.read_image, path), size)
 
 
+def add_masks_flag(p: argparse.ArgumentParser):
+    text = "what mask files hold: an object above half of white, or an id for each (default: told by their values)"
+    p.add_argument("--masks", default="auto", choices=("auto", "binary", "ids"), help=text)
+
+
 def read_ids(path: str | Path, kind: str = "auto") -> Tensor:
     """A mask file as ids (h, w) int64: 0 ground, -1 void, others objects.
 
-    kind: "binary", an object above half of 255 (CUB's grey levels count annotators); "ids", one for each object, 255
-    being void; "auto": ids where all values but 0 and 255 are below 51, CUB's lowest level, else binary. 16-bit files
-    are ids, and so are ImageNet-S's colours, red + 256 green, 1000 being void. Raises UsageError for other colours.
+    kind: "binary", an object above half of white; "ids", one for each object, 255 being void (16 bits: none; colours:
+    ImageNet-S's red + 256 green, 1000 being void); "auto": ids for palettes, 16 bits, colours, and where all values but
+    0 and 255 are below 51, CUB's lowest level; binary for 0 and white, CUB's levels (they count annotators), and soft
+    edges. Raises UsageError where "auto" cannot tell, and for colours of another kind.
     """
     with Image.open(path) as file:
-        if file.mode.startswith("I"):
+        mode = file.mode
+        if kind == "binary":
+            wide = mode.startswith("I")
+            return torch.from_numpy(np.array(file if wide else file.convert("L")) > (32767 if wide else 127)).long()
+        if mode.startswith("I"):
             return torch.from_numpy(np.array(file).astype(np.int64))
-        if file.mode in ("RGB", "RGBA"):
+        if mode in ("RGB", "RGBA"):
             red, green, blue = torch.from_numpy(np.array(file.convert("RGB"))).long().unbind(-1)
             if (red != green).any() or (red != blue).any():
-                if blue.any():
-                    raise UsageError(
-                        f"the mask {path} is coloured: expected grey levels, a palette, or ImageNet-S's ids"
-                    )
                 ids = red + 256 * green
+                if blue.any() or ids.max() > 1000:
+                    raise UsageError(f"the mask {path} is coloured: expected grey, a palette or ImageNet-S's ids")
                 return torch.where(ids == 1000, -1, ids)
-        mask = torch.from_numpy(np.array(file if file.mode == "P" else file.convert("L"))).long()
-    between = mask[(mask > 0) & (mask < 255)]
-    if kind == "binary" or (kind == "auto" and not (between.numel() and between.max() < 51)):
-        return (mask > 127).long()
-    return torch.where(mask == 255, -1, mask)
+        mask = torch.from_numpy(np.array(file if mode == "P" else file.convert("L"))).long()
+    between, white = mask[(mask > 0) & (mask < 255)], mask == 255
+    ids = kind == "ids" or (len(between) and (mode == "P" or between.max() < 51))
+    if kind == "auto" and mode != "P" and len(between):
+        edges = ids and white.sum() > 4 * len(between)  # of a binary mask, or void that outweighs all objects
+        dark = not ids and mask.max() < 250 and (between % 51).any()  # ids above 50, or a mask that is not quite white
+        if edges or dark:
+            few = between.unique()[:4].tolist()
+            raise UsageError(
+                f"the mask {path} may hold ids or grey levels ({few}, …): pass --masks ids or --masks binary"
+            )
+    return torch.where(white, -1, mask) if ids else (mask > 127).long()
 
 
 def squares(paths: list, size: int):
@@ -114,8 +133,9 @@ def squares(paths: list, size: int):
 def check_outputs(*paths: str | Path | None):
     """Before hours are spent on what cannot be written."""
     for path in filter(None, paths):
-        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-            raise UsageError(f"cannot write {path}: no such folder")
+        folder = Path(path).absolute().parent
+        if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UsageError(f"cannot write {path}: expected a file in a folder that is there and can be written to")
 
 
 def check_size(size: int):
@@ -155,8 +175,13 @@ def list_cub(folder: Path, split: str) -> list[tuple[Path, Path]]:
 
 def list_pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
     """(image, mask) of two folders whose files have the same relative names, up to the suffix."""
-    lists = [files.list_images(folder) for folder in (images, masks)]
+    lists = [files.list_images(folder, train=False) for folder in (images, masks)]
     of = [{os.path.splitext(os.fsdecode(name))[0]: x.root / os.fsdecode(name) for name in x} for x in lists]
+    for folder, listed, names in zip((images, masks), lists, of, strict=True):
+        if len(names) < len(listed):
+            raise UsageError(
+                f"{len(listed) - len(names)} files in {folder} differ in their suffix alone: keep one of each"
+            )
     missing = [stem for stem in of[0] if stem not in of[1]]
     if missing:
         raise UsageError(
@@ -175,10 +200,27 @@ def list_masks(data: list[Path], split: str) -> list[tuple[Path, Path]]:
     return list_pairs(*data) if len(data) == 2 else list_cub(data[0], split)
 
 
+class Packed:
+    """A list that is not changed, pickled in one string: forked workers go on sharing it, as they do not a list of
+    objects, whose reference counts they write to."""
+
+    def __init__(self, items):
+        parts = [pickle.dumps(item, protocol=4) for item in items]
+        self._ends, self._text = np.cumsum([0, *map(len, parts)]), b"".join(parts)
+
+    def __len__(self):
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: int):
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return pickle.loads(self._text[self._ends[i] : self._ends[i + 1]])
+
+
 def load_coco(folder: Path, file: Path) -> tuple:
-    """pycocotools' COCO of an instances JSON, and its images as (path in folder, id, annotations), by id. Raises
-    UsageError where there are no annotations, they name categories or images that the file does not list, or images are
-    missing."""
+    """pycocotools' COCO of an instances JSON, and its images, by id: dicts of COCO's, with their `path` in the folder
+    and their `annotations`. Raises UsageError where there are no annotations, they name categories or images that the
+    file does not list, are not whole, or images are missing."""
     if importlib.util.find_spec("pycocotools") is None:
         raise UsageError("COCO annotations need the package pycocotools: pip install pycocotools")
     from pycocotools.coco import COCO
@@ -186,27 +228,56 @@ def load_coco(folder: Path, file: Path) -> tuple:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             coco = COCO(file)
-        for a in coco.dataset["annotations"]:
-            for key, known in (("image_id", coco.imgs), ("category_id", coco.cats)):
-                if a[key] not in known:
-                    raise UsageError(
-                        f"annotation {a['id']} of {file} has {key} {a[key]}, none of the {len(known)} listed there"
-                    )
-            if not a["segmentation"] or len(a["bbox"]) != 4 or a["iscrowd"] not in (0, 1):
-                raise UsageError(f"annotation {a['id']} of {file} needs a segmentation, a bbox of 4, iscrowd 0 or 1")
-        rows = [(Path(folder, image["file_name"]), i, coco.imgToAnns[i]) for i, image in sorted(coco.imgs.items())]
-    except (OSError, AssertionError, TypeError, KeyError, ValueError) as e:
-        if isinstance(e, UsageError):
-            raise
-        raise UsageError(
-            f"cannot read {file} ({type(e).__name__}: {e}): expected COCO instances, a JSON of images, annotations, "
-            "categories"
-        ) from None
-    if not coco.dataset["annotations"]:
-        raise UsageError(f"{file} has no annotations: expected objects with their segmentations")
-    if missing := [path for path, *_ in rows if not path.exists()]:
+        _check_coco(coco, file)
+        rows = [
+            image | {"path": Path(folder, image["file_name"]), "annotations": coco.imgToAnns[i]}
+            for i, image in sorted(coco.imgs.items())
+        ]
+    except UsageError:
+        raise
+    except (OSError, AssertionError, TypeError, LookupError, ValueError, AttributeError) as e:
+        expected = "expected COCO instances, a JSON of images, annotations, categories"
+        raise UsageError(f"cannot read {file} ({type(e).__name__}: {e}): {expected}") from None
+    if missing := [row["path"] for row in rows if not row["path"].exists()]:
         raise UsageError(f"{len(missing)} of the {len(rows)} images that {file} names are missing: {missing[0]}, …")
     return coco, rows
+
+
+def _check_coco(coco, file):
+    if not coco.dataset["annotations"]:
+        raise UsageError(f"{file} has no annotations: expected objects with their segmentations")
+    ids = {a["id"] for a in coco.dataset["annotations"]}
+    if len(ids) < len(coco.dataset["annotations"]) or min(ids) < 1:  # pycocotools takes 0 for "unmatched"
+        raise UsageError(f"ids of annotations in {file} are not all different and above 0: number them anew")
+    for a in coco.dataset["annotations"]:
+        for key, known in (("image_id", coco.imgs), ("category_id", coco.cats)):
+            if a[key] not in known:
+                raise UsageError(
+                    f"annotation {a['id']} of {file} has {key} {a[key]}, none of the {len(known)} listed there"
+                )
+        image, shape = coco.imgs[a["image_id"]], a["segmentation"]
+        size = [image["height"], image["width"]]
+        whole = len(shape) > 0 and len(a["bbox"]) == 4 and a["iscrowd"] in (0, 1) and a["area"] >= 0
+        if isinstance(shape, list):
+            whole = whole and all(len(ring) >= 6 and len(ring) % 2 == 0 for ring in shape)
+        else:
+            whole = whole and list(shape["size"]) == size
+        if not whole:
+            raise UsageError(
+                f"annotation {a['id']} of {file} is not whole: expected a bbox of 4, area, iscrowd 0 or 1, and as "
+                "segmentation polygons of 3 points or more, or run lengths of the image's size"
+            )
+
+
+def decode(segmentation, height: int, width: int) -> Tensor:
+    """A segmentation of COCO's, polygons or run lengths, as (height, width) uint8."""
+    from pycocotools import mask as rle
+
+    if isinstance(segmentation, list):
+        segmentation = rle.merge(rle.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = rle.frPyObjects(segmentation, height, width)
+    return torch.from_numpy(rle.decode(segmentation))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,6 +295,10 @@ def shrink(mask: Tensor, size: int) -> Tensor:
     return F.interpolate(mask[None, None].float(), (size, size), mode="nearest")[0, 0]
 
 
-def write_json(path: str | Path, result: dict):
+def write_json(path: str | Path, result: dict | list):
+    """Once all has been printed: nothing is lost where it cannot be written."""
     text = json.dumps(result, indent=1) + "\n"
-    r2o.save_atomically(path, lambda f: f.write(text.encode()))
+    try:
+        r2o.save_atomically(path, lambda f: f.write(text.encode()))
+    except OSError as e:
+        raise UsageError(f"the results above could not be written to {path} ({e.strerror or e})") from None

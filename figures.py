@@ -1,7 +1,7 @@
 """The paper's figures from a checkpoint, as labelled PNGs.
 
-    python figures.py --ckpt out --data CUB_200_2011 --out figures       # out: epoch_*.pth (train.py --keep-every) and
-    r2o.pth python figures.py --ckpt out/r2o.pth --data images masks
+    python figures.py --ckpt out --data CUB_200_2011 --out figures      # all epoch_*.pth and r2o.pth in out
+    python figures.py --ckpt out/r2o.pth --data images masks
 
 masks.png    masks as K falls: of every checkpoint in the folder at its own K(t), or of the one at several K (Fig. 3, 5)
 objects.png  segments, the one called foreground, and the truth, of evenly spaced images (Fig. 7)
@@ -70,7 +70,7 @@ def draw(args) -> int:
     save("masks.png", draw_masks(checkpoints, encoders, images, args.count, device))
 
     last = encoders[checkpoints[-1][0]]
-    results = eval_cub.segmented(last, pairs, args.k, "c4", args.size, device)
+    results = eval_cub.segmented(last, pairs, args.k, "c4", args.size, device, args.masks)
     even, worst, show, order = [], [], eval_cub.evenly(len(pairs), args.count), itertools.count()
     for i, result in enumerate(tqdm(results, "segmenting", len(pairs), unit="img", dynamic_ncols=True)):
         if i in show:
@@ -95,6 +95,7 @@ def parse_args(argv):
     data = "CUB_200_2011 (with images.txt, images and segmentations), or a folder of images and one of masks"
     p.add_argument("--data", required=True, nargs="+", type=Path, help=data)
     p.add_argument("--split", default="test", help="CUB's own test set, or a file of ids (default: %(default)s)")
+    evaluation.add_masks_flag(p)
     p.add_argument("--out", type=Path, default=Path("figures"), help="folder for the PNGs (default: %(default)s)")
     p.add_argument("-k", type=int, default=5, help="segments of an image in objects and worst (default: %(default)s)")
     p.add_argument("--count", type=int, default=8, help="images in each figure (default: %(default)s)")

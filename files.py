@@ -61,8 +61,8 @@ class ImageList:
         return os.path.join(self.root, os.fsdecode(self[i]))
 
 
-def list_images(folder: str | Path, subset: str | Path | None = None) -> ImageList:
-    """All images below `folder` (or below folder/train, where that exists), folder by folder in alphabetical order.
+def list_images(folder: str | Path, subset: str | Path | None = None, train: bool = True) -> ImageList:
+    """All images below `folder`, folder by folder in alphabetical order. train: below folder/train, where that exists.
 
     subset: a text file that says which, a line each: a folder ("n01440764"), a file in it ("n01440764/1.JPEG"), or a
     file name alone ("n01440764_1.JPEG"). Raises UsageError where there are no images, or lines that name none.
@@ -71,7 +71,7 @@ def list_images(folder: str | Path, subset: str | Path | None = None) -> ImageLi
     if not root.is_dir():
         problem = f"not a folder: {folder}" if root.exists() else f"no such folder: {folder}"
         raise UsageError(f"{problem}; expected a folder of images, flat or nested")
-    root = root / "train" if (root / "train").is_dir() else root
+    root = root / "train" if train and (root / "train").is_dir() else root
     wanted = _read_subset(subset) if subset else None
     found = set()  # of wanted
     images = ImageList(root, _scan(os.fsencode(root), b"", set(), wanted, found, wanted is None))
@@ -349,6 +349,6 @@ def attempt(path: Path, write, keep: Path | None = None) -> bool:
         r2o.save_atomically(path, write, keep)
     except OSError as e:
         why = e.strerror or e
-        print(f"train.py: warning: cannot write {path} ({why}): the one before stays", file=sys.stderr, flush=True)
+        print(f"warning: cannot write {path} ({why}): the one before stays", file=sys.stderr, flush=True)
         return False
     return True

@@ -13,11 +13,10 @@ def encoder(ckpt: str, arch: str | None = None):
 
     import r2o
 
-    net, line = r2o.load_encoder(ckpt, arch)
-    name = line.split()[0].rstrip(",")
-    if name == "tiny":
+    net, _ = r2o.load_encoder(ckpt, arch)
+    if net.arch == "tiny":
         raise r2o.UsageError(f"{ckpt} holds the encoder tiny, which torchvision has not: use r2o.load_encoder")
-    whole = get_model(name, weights=None)
+    whole = get_model(net.arch, weights=None)
     whole.fc = torch.nn.Identity()
     whole.load_state_dict(net.state_dict())
     return whole.eval()

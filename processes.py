@@ -34,13 +34,13 @@ def place() -> tuple[int, int, torch.device]:
     return rank, world, torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def tie(rank: int, world: int, device: torch.device):
-    """Ties the processes together."""
+def tie(rank: int, world: int, device: torch.device, timeout: datetime.timedelta | None = None):
+    """Ties the processes together. timeout: how long some may wait for others (default: PyTorch's)."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=_meet(rank, world), rank=rank, world_size=world)
+        dist.init_process_group(backend, store=_meet(rank, world), rank=rank, world_size=world, timeout=timeout)
 
 
 def _meet(rank: int, world: int) -> dist.Store:
@@ -93,9 +93,10 @@ def _end_workers():
 
 
 def stoppable():
-    """For a program's start: until there is anything to save, a stop signal ends it with the status that says so."""
+    """For where there is nothing to save that is not saved: a stop signal ends the program with the status that says
+    so; at once where other processes may be gone already."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: sys.exit(STOPPED))
+        signal.signal(number, lambda *_: (os._exit if dist.is_initialized() else sys.exit)(STOPPED))
 
 
 def run(program: str, work):

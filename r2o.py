@@ -391,9 +391,11 @@ def build_encoder(arch: str) -> nn.Module:
     if arch not in ARCHS:
         raise UsageError(f"no encoder {arch!r}: choose one of {', '.join(ARCHS)}")
     if arch == "tiny":
-        return Tiny()
-    net = models.get_model(arch, weights=None)
-    del net.fc, net.avgpool
+        net = Tiny()
+    else:
+        net = models.get_model(arch, weights=None)
+        del net.fc, net.avgpool
+    net.arch = arch
     return net
 
 
@@ -423,6 +425,46 @@ def _of_ranks(x: Tensor, first: int, count: int) -> Tensor:
     every = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(every, x.contiguous())
     return every[first * len(x) : (first + count) * len(x)]
+
+
+@torch.no_grad()
+def draw_masks(
+    c4: Tensor,
+    regions: Tensor,
+    num_clusters: int,
+    uniforms: Tensor,
+    num_regions: int = 256,
+    assign: str = "pixel",
+    iters: int = 20,
+    span: int = 1,
+) -> Tensor:
+    """The mask m of every image: clusters of its regions' C4 embeddings. Sec. 3.1, Eq. (3).
+
+    c4: (B, C, H, W). regions: (B, h, w), ids below num_regions. uniforms: seeding_uniforms(B / group, K). iters: of
+    Lloyd. span: ranks that share one group, where a group is larger than B; each of them solves the same problem.
+    Returns (B, H, W) for assign = "pixel", (B, h, w) for "region"; ids are shared inside a group.
+    """
+    B, R, K, G = len(c4), num_regions, num_clusters, len(uniforms)
+    p, area = region_pool(c4, regions, R)
+    length = p.norm(dim=-1, keepdim=True)  # (B, R, 1)
+    # Absent regions take no part; differs: the authors cluster them as zero vectors. Nor does what is not finite.
+    valid = (area > 0) & length[..., 0].isfinite()
+    p, own = p / length.clamp(min=1e-12), slice(None)
+    if span > 1:
+        rank = dist.get_rank()
+        p, valid = (_of_ranks(x, rank // span * span, span) for x in (p, valid))
+        own = slice(rank % span * B * R, (rank % span + 1) * B * R)
+    p, valid = p.reshape(G, -1, p.shape[2]), valid.reshape(G, -1)  # (G, N, C), (G, N)
+    mu, own_id = _kmeans(p, valid, uniforms, iters)
+    if assign == "region":
+        own_id = own_id[:, own].clamp(min=0)  # regions in the map that are not finite
+        return own_id.view(B, R).gather(1, regions.flatten(1).long()).view(regions.shape)
+    with _full_precision(c4):
+        x = _full(c4).permute(0, 2, 3, 1).reshape(G, -1, c4.shape[1])  # (G, N, C); normalised after the product
+        length = x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        scores = x @ mu.mT / length - mu.square().sum(-1)[:, None] / 2  # (G, N, K)
+    spare = torch.arange(K, device=x.device) >= valid.sum(1, keepdim=True)
+    return scores.masked_fill(spare[:, None], -math.inf).argmax(2).view(B, *c4.shape[2:])
 
 
 class R2O(nn.Module):
@@ -464,42 +506,14 @@ class R2O(nn.Module):
         """xi <- tau xi + (1 - tau) theta, the parameters; batch norm buffers are not averaged, and never read."""
         torch._foreach_lerp_(list(self.target.parameters()), list(self.online.parameters()), 1 - tau)
 
-    @torch.no_grad()
     def predict_masks(
         self, encoder: nn.Module, images: Tensor, regions: Tensor, num_clusters: int, uniforms: Tensor, span: int = 1
     ) -> Tensor:
         """The mask m of every image, (B, 3, S, S) normalised: draw_masks() of its C4."""
-        return self.draw_masks(self.encode_c4(encoder, images), regions, num_clusters, uniforms, span)
-
-    @torch.no_grad()
-    def draw_masks(self, c4: Tensor, regions: Tensor, num_clusters: int, uniforms: Tensor, span: int = 1) -> Tensor:
-        """The mask m of every image: clusters of its regions' C4 embeddings. Sec. 3.1, Eq. (3).
-
-        c4: (B, C, H, W). regions: (B, h, w). uniforms: seeding_uniforms(B / group, K). span: ranks that share one
-        group, where a group is larger than B; each of them solves the same problem.
-        Returns (B, H, W) for assign = "pixel", (B, h, w) for "region"; ids are shared inside a group.
-        """
-        B, R, K, G = len(c4), self.num_regions, num_clusters, len(uniforms)
-        p, area = region_pool(c4, regions, R)
-        length = p.norm(dim=-1, keepdim=True)  # (B, R, 1)
-        # Absent regions take no part; differs: the authors cluster them as zero vectors. Nor does what is not finite.
-        valid = (area > 0) & length[..., 0].isfinite()
-        p, own = p / length.clamp(min=1e-12), slice(None)
-        if span > 1:
-            rank = dist.get_rank()
-            p, valid = (_of_ranks(x, rank // span * span, span) for x in (p, valid))
-            own = slice(rank % span * B * R, (rank % span + 1) * B * R)
-        p, valid = p.reshape(G, -1, p.shape[2]), valid.reshape(G, -1)  # (G, N, C), (G, N)
-        mu, assign = _kmeans(p, valid, uniforms, self.kmeans_iters)
-        if self.assign == "region":
-            assign = assign[:, own].clamp(min=0)  # regions in the map that are not finite
-            return assign.view(B, R).gather(1, regions.flatten(1).long()).view(regions.shape)
-        with _full_precision(c4):
-            x = _full(c4).permute(0, 2, 3, 1).reshape(G, -1, c4.shape[1])  # (G, N, C); normalised after the product
-            length = x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-            scores = x @ mu.mT / length - mu.square().sum(-1)[:, None] / 2  # (G, N, K)
-        spare = torch.arange(K, device=x.device) >= valid.sum(1, keepdim=True)
-        return scores.masked_fill(spare[:, None], -math.inf).argmax(2).view(B, *c4.shape[2:])
+        with torch.no_grad():
+            c4 = self.encode_c4(encoder, images)
+        settings = self.num_regions, self.assign, self.kmeans_iters
+        return draw_masks(c4, regions, num_clusters, uniforms, *settings, span)
 
     def forward(
         self,
@@ -914,8 +928,9 @@ def load_encoder(ckpt: str, arch: str | None = None) -> tuple[nn.Module, str]:
     arch), or "random". Raises UsageError unless every tensor matches, none left over but the classifier's.
     """
     if ckpt == "random":
-        torch.manual_seed(0)
-        return build_encoder(arch or "resnet50").eval(), f"{arch or 'resnet50'}, randomly initialised"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return build_encoder(arch or "resnet50").eval(), f"{arch or 'resnet50'}, randomly initialised"
     file = load_file(ckpt)
     meant = file.get("arch") or (file.get("args") or {}).get("arch") or arch or "resnet50"
     if arch not in (None, meant):
@@ -934,7 +949,8 @@ def load_encoder(ckpt: str, arch: str | None = None) -> tuple[nn.Module, str]:
             f"{rest[0]}: pass the --arch that it holds (for other layouts see transfer/export.py)"
         )
     net.load_state_dict(own | {name: state[name] for name in matched})
-    return net.eval(), f"{meant} from {ckpt}: {len(matched)} of {len(matched)} tensors matched"
+    counters = "" if len(matched) == len(own) else ", the rest are batch norm's counters"
+    return net.eval(), f"{meant} from {ckpt}: {len(matched)} of {len(own)} tensors matched{counters}"
 
 
 def match(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[list[str], list[str]]:

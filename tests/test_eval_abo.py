@@ -57,7 +57,15 @@ def test_mask_files_of_every_kind_are_read_as_ids(tmp_path):
     grey = np.array([[0, 2, 40, 255]], np.uint8)
     assert read(grey) == [[0, 2, 40, -1]]
     assert read(grey, kind="binary") == [[0, 0, 0, 1]]
-    assert read(np.array([[0, 60, 200, 255]], np.uint8)) == [[0, 0, 1, 1]]  # levels
+    assert read(np.array([[0, 51, 102, 204]], np.uint8)) == [[0, 0, 0, 1]]  # CUB's levels
+    assert read(np.array([[0, 60, 200, 254]], np.uint8)) == [[0, 0, 1, 1]]  # soft edges
+    assert read(grey, "P") == [[0, 2, 40, -1]]
+    for unclear in ([[0, 1, 2, 60]], [[20] + 9 * [255]]):
+        with pytest.raises(r2o.UsageError, match=r"m\.png may hold ids .* pass --masks ids or --masks binary"):
+            read(np.array(unclear, np.uint8))
+    assert read(np.array([[0, 1, 60]], np.uint8), kind="ids") == [[0, 1, 60]]
+    assert read(np.array([[0, 100, 65535]], np.uint16), kind="binary") == [[0, 0, 1]]
+    assert read(np.array([[[0, 0, 0], [255, 200, 0]]], np.uint8), kind="binary") == [[0, 1]]
     assert read(np.array([[0, 60, 200, 255]], np.uint8), kind="ids") == [[0, 60, 200, -1]]
     assert read(np.array([[0, 300, 255]], np.uint16)) == [[0, 300, 255]]
     assert read(grey > 0, "1") == [[0, 1, 1, 1]]
@@ -66,6 +74,8 @@ def test_mask_files_of_every_kind_are_read_as_ids(tmp_path):
     assert read(imagenet_s) == [[0, 5, 513, -1]]
     with pytest.raises(r2o.UsageError, match=r"m\.png is coloured"):
         read(np.array([[[10, 0, 30]]], np.uint8))
+    with pytest.raises(r2o.UsageError, match=r"m\.png is coloured"):
+        read(np.array([[[255, 255, 0], [255, 0, 0]]], np.uint8))
 
 
 FLAGS = "--ckpt random --arch tiny --size 64 --segments 30 --workers 0".split()
@@ -142,6 +152,30 @@ def test_cub_s_layout_mask_folders_and_coco_agree(pairs, tmp_path):
     assert masks == pytest.approx(coco) and masks == pytest.approx(birds)
 
 
+def test_groups_are_random_and_defaults_are_said(pairs, tmp_path, monkeypatch):
+    """Files side by side are often of one class: training, and so this, mixes them."""
+    seen = []
+    monkeypatch.setattr(
+        eval_abo.Truth, "__getitem__", lambda self, i, f=eval_abo.Truth.__getitem__: seen.append(i) or f(self, i)
+    )
+    _, rows = measured(tmp_path, "--data", pairs / "images", pairs / "masks", "--group", 4)
+    assert sorted(seen) == list(range(12)) and seen != sorted(seen)
+    assert {key[1] for key in rows if key[1]} == {128, 64, 16, 4}
+
+
+def test_void_is_no_part_of_an_objects_size(tmp_path):
+    ids = np.zeros((40, 40), np.uint8)
+    ids[:5, :5], ids[10:20, 10:20] = 1, 2
+    image = Image.fromarray(ids)
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    picture(0, (40, 40)).save(tmp_path / "images/a.png")
+    image.save(tmp_path / "masks/a.png")
+    flags = ["--data", tmp_path / "images", tmp_path / "masks", "-k", 2]
+    assert measured(tmp_path, *flags, "--min-area", 25)[0]["objects"] == 2
+    assert measured(tmp_path, *flags, "--min-area", 26)[0]["objects"] == 1
+
+
 def test_crowds_are_void(pairs, tmp_path):
     path = coco_of(pairs, tmp_path)
     file = json.loads(path.read_text())
@@ -149,12 +183,12 @@ def test_crowds_are_void(pairs, tmp_path):
     path.write_text(json.dumps(file | {"annotations": [crowd, *file["annotations"][1:]]}))
     found, _ = measured(tmp_path, "--data", pairs / "images", path, "-k", 2)
     assert found["objects"] == 11
-    coco, rows = evaluation.load_coco(pairs / "images", path)
-    _, _, objects, void = eval_abo.Truth([(p, a) for p, _, a in rows], 64, 30, coco=coco)[0]
+    _, rows = evaluation.load_coco(pairs / "images", path)
+    _, _, objects, void = eval_abo.Truth([(row["path"], row) for row in rows], 64, 30)[0]
     assert len(objects) == 0 and void.sum() == file["annotations"][0]["area"]
     path.write_text(json.dumps(file | {"annotations": [crowd, *file["annotations"]]}))  # a crowd where an object is
-    coco, rows = evaluation.load_coco(pairs / "images", path)
-    _, _, objects, void = eval_abo.Truth([(p, a) for p, _, a in rows], 64, 30, coco=coco)[0]
+    _, rows = evaluation.load_coco(pairs / "images", path)
+    _, _, objects, void = eval_abo.Truth([(row["path"], row) for row in rows], 64, 30)[0]
     assert objects.sum() == file["annotations"][0]["area"] and not void.any()
 
 
@@ -220,8 +254,17 @@ def test_annotations_that_do_not_fit_are_refused(pairs, tmp_path, refused):
     assert "has image_id 5, none of the 12" in said(annotations=[good["annotations"][0] | {"image_id": 5}])
     assert "1 of the 13 images" in said(images=[*good["images"], good["images"][0] | {"id": 1, "file_name": "x.png"}])
     assert "expected COCO instances" in said(categories=None)
-    assert "annotation 1 of" in (line := said(annotations=[good["annotations"][0] | {"segmentation": []}]))
-    assert "needs a segmentation" in line
+    one = good["annotations"][0]
+    other_size = {"size": [5, 5], "counts": "0"}
+    for broken in ({"segmentation": []}, {"segmentation": [[1, 2, 3, 4]]}, {"segmentation": other_size}, {"bbox": [1]}):
+        assert "annotation 1 of" in (line := said(annotations=[one | broken])) and "is not whole" in line
+    for key in ("segmentation", "area", "iscrowd"):
+        assert "expected COCO instances" in said(annotations=[{k: v for k, v in one.items() if k != key}])
+    assert "not all different and above 0" in said(annotations=[one | {"id": 0}])
+    assert "not all different and above 0" in said(annotations=[one, one])
+    assert "expected COCO instances" in said(
+        images=[{k: v for k, v in x.items() if k != "height"} for x in good["images"]]
+    )
     path.write_text("[1, 2]")
     assert "expected COCO instances" in refused(*FLAGS, "--data", images, path)
     path.write_text("{")
@@ -243,6 +286,11 @@ def test_data_and_arguments_that_do_not_fit_are_refused(pairs, tmp_path, refused
     assert "is 80 x 20 pixels, the image 80 x 64" in refused(*FLAGS, "--data", pairs / "images", masks, "-k", 2)
     (masks / "05.png").unlink()
     assert "1 of 12 images have no mask" in refused(*FLAGS, "--data", pairs / "images", masks)
+    Image.fromarray(np.full((20, 80), 255, np.uint8)).save(masks / "04.bmp")
+    assert (
+        "1 files in" in (line := refused(*FLAGS, "--data", pairs / "images", masks)) and "in their suffix alone" in line
+    )
+    (masks / "04.bmp").unlink()
     shutil.copytree(pairs / "masks", masks, dirs_exist_ok=True)
     picture(0).save(masks / "05.png")
     assert "05.png is coloured" in refused(*FLAGS, "--data", pairs / "images", masks, "-k", 2)

@@ -26,6 +26,13 @@ def test_the_metrics_by_hand():
     assert score["pixel accuracy"] == pytest.approx(9 / 12)
 
 
+def test_void_counts_for_nothing():
+    truth, void = torch.tensor([[1, 1, 0, 0, 0, 0]]).bool(), torch.tensor([[0, 0, 1, 0, 0, 0]]).bool()
+    segments = torch.tensor([[1, 1, 1, 0, 0, 0]])
+    assert eval_cub.match_foreground(segments, 2, truth, void)[1]["foreground IoU"] == 1
+    assert eval_cub.match_foreground(segments, 2, truth)[1]["foreground IoU"] == pytest.approx(2 / 3)
+
+
 def test_segments_follow_the_features():
     """An encoder that passes colours through: K = 2 on a two-coloured image gives its two halves."""
 

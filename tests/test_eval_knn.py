@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval_knn
+import r2o
 
 refused = refused_by(eval_knn)
 
@@ -118,10 +119,33 @@ def test_processes_of_unequal_shares_find_what_one_finds(tmp_path):
         "own = slice(rank, None, world)\n"
         "found = eval_knn.classify(bank[own], y[own], queries[own], truth[own], 6, [2, 5], 0.5, 7)\n"
         "assert found == alone and 0 < found[2]['top-1'] < 100, (found, alone)\n"
+        "torch.distributed.barrier()\n"
+        "torch.distributed.destroy_process_group()\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
     done = subprocess.run([*launch, str(script), str(ROOT)], timeout=120, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_features_are_c5_averaged_of_the_middle_of_the_image(colours):
+    """The shorter side becomes 8/7 of the crop: of 40 x 48 pixels at 35, all but 2.5 on each side of the shorter."""
+    data = eval_knn.Labelled(colours / "train", 35)
+    image, label = data[7]
+    whole = torch.nn.functional.interpolate(
+        r2o.read_image(data.images.path(7))[None].float(), size=(40, 48), mode="bicubic"
+    )[0]
+    assert image.shape == (3, 35, 35) and label == 1
+    assert (image - whole[:, 2:37, 6:41]).abs().mean() < (image - whole[:, :35, :35]).abs().mean() / 2
+    args = eval_knn.parse_args(["--ckpt", "x", "--data", "y"])
+    assert args.k[0] == 20 and {*args.k} == {10, 20, 100, 200} and args.temperature == 0.07
+    args.workers, args.batch_size = 0, 4
+    encoder, _ = r2o.load_encoder("random", "tiny")
+    found, labels = eval_knn.features(encoder, data, 1, 3, args, torch.device("cpu"), "")
+    x = torch.stack([data[i][0] for i in range(1, 18, 3)])
+    with torch.no_grad():
+        c5 = r2o.encode(encoder, r2o.normalize(x)).mean((2, 3))
+    torch.testing.assert_close(found.float(), torch.nn.functional.normalize(c5, dim=1), atol=1e-3, rtol=0)
+    assert labels.tolist() == [data[i][1] for i in range(1, 18, 3)]
 
 
 def test_bad_data_and_arguments_are_refused(colours, tmp_path, refused):
@@ -130,6 +154,14 @@ def test_bad_data_and_arguments_are_refused(colours, tmp_path, refused):
     assert "is in no class folder" in refused(*FLAGS, "--data", train / "blue" / "deeper", val)
     assert "-k 19 is more than the 18 training images" in refused(*FLAGS, "--data", colours, "-k", 19)
     assert "no such folder" in refused(*FLAGS, "--data", train)
+    assert "twice" in refused(*FLAGS, "--data", train, train)
+    for name in ("train", "other"):  # a class that is called train hides no other
+        shutil.copytree(train / "red", tmp_path / "classes" / name)
+    assert eval_knn.Labelled(tmp_path / "classes", 32).classes == ["other", "train"]
+    bad = r2o.build_encoder("tiny").state_dict()
+    bad["conv1.weight"][0, 0, 0, 0] = float("nan")
+    torch.save({"arch": "tiny", "state_dict": bad}, tmp_path / "nan.pth")
+    assert "are not finite" in refused(*FLAGS[2:], "--ckpt", tmp_path / "nan.pth", "--data", colours)
     assert "-k must be at least 1" in refused(*FLAGS, "--data", colours, "-k", 0)
     assert "--temperature above 0" in refused(*FLAGS, "--data", colours, "--temperature", 0)
     assert "one folder (with train and val) or two" in refused(*FLAGS, "--data", train, val, val)

@@ -35,7 +35,14 @@ def mask_rcnn(encoder: nn.Module, classes: int, size: int) -> MaskRCNN:
     levels = {f"layer{i + 1}": str(i) for i in range(4)}
     backbone = BackboneWithFPN(encoder, levels, widths, 256, norm_layer=nn.BatchNorm2d)
     head = MaskRCNNHeads(256, (256,) * 4, 1, norm_layer=nn.BatchNorm2d)
-    return MaskRCNN(backbone, classes + 1, min_size=size, max_size=size, size_divisible=size, mask_head=head)
+    net = MaskRCNN(backbone, classes + 1, min_size=size, max_size=size, size_divisible=size, mask_head=head)
+    # torchvision's RoIAlign guesses each level's scale from the first image that it meets, as it is before padding, and
+    # keeps it: wrong by a factor of 2 where that is flat. So a square one comes first.
+    with torch.no_grad():
+        levels = net.backbone.eval()(torch.zeros(1, 3, size, size))
+        for pool in (net.roi_heads.box_roi_pool, net.roi_heads.mask_roi_pool):
+            pool(levels, [torch.zeros(1, 4)], [(size, size)])
+    return net.train()
 
 
 class Objects(torch.utils.data.Dataset):
@@ -43,34 +50,47 @@ class Objects(torch.utils.data.Dataset):
     R-CNN), of images with objects that are no crowds; set `seed` first. whole(i): the image as it is, and its id."""
 
     def __init__(self, data: Path, split: str, size: int, trains: bool = True):
-        self.coco, self.rows = evaluation.load_coco(data / split, data / "annotations" / f"instances_{split}.json")
+        coco, rows = evaluation.load_coco(data / split, data / "annotations" / f"instances_{split}.json")
         self.size, self.seed = size, 0
-        self.categories = sorted(self.coco.cats)  # label i + 1 is categories[i]
+        self.categories = sorted(coco.cats)  # label i + 1 is categories[i]
         self.label = {category: i + 1 for i, category in enumerate(self.categories)}
         if trains:
-            self.rows = [(p, i, own) for p, i, of in self.rows if (own := [a for a in of if not a["iscrowd"]])]
+            rows = [row | {"annotations": [a for a in row["annotations"] if not a["iscrowd"]]} for row in rows]
+            rows = [row for row in rows if row["annotations"]]
+        self.rows = evaluation.Packed(rows)
+        self.coco = None if trains else coco  # in training, millions of objects that workers would come to copy
 
     def __len__(self):
         return len(self.rows)
 
     def whole(self, i: int) -> tuple[Tensor, int]:
-        path, image_id, _ = self.rows[i]
-        image, listed = evaluation.read(r2o.read_image, path), self.coco.imgs[image_id]
-        if tuple(image.shape[1:]) != (listed["height"], listed["width"]):
+        row = self.rows[i]
+        image = evaluation.read(r2o.read_image, row["path"])
+        if tuple(image.shape[1:]) != (row["height"], row["width"]):
             raise UsageError(
-                f"{path} is {image.shape[2]} x {image.shape[1]} pixels, its annotations {listed['width']} x "
-                f"{listed['height']}: expected the image that was annotated"
+                f"{row['path']} is {image.shape[2]} x {image.shape[1]} pixels, its annotations {row['width']} x "
+                f"{row['height']}: expected the image that was annotated"
             )
-        return image, image_id
+        return image, row["id"]
+
+    def masks(self, i: int) -> Tensor:
+        """Of all objects of an image: (n, h, w) uint8."""
+        row = self.rows[i]
+        return torch.stack(
+            [evaluation.decode(a["segmentation"], row["height"], row["width"]) for a in row["annotations"]]
+        )
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
         epoch, i = int(key[0]), int(key[1])
         image, _ = self.whole(i)
-        rng, annotations, (h, w) = np.random.default_rng([self.seed, epoch, i]), self.rows[i][2], image.shape[1:]
+        rng, annotations, (h, w) = (
+            np.random.default_rng([self.seed, epoch, i]),
+            self.rows[i]["annotations"],
+            image.shape[1:],
+        )
         scale = rng.uniform(0.8, 1.25) * self.size / max(h, w)
         shape = max(1, round(scale * h)), max(1, round(scale * w))
-        masks = torch.from_numpy(np.stack([self.coco.annToMask(a) for a in annotations]))
-        image, masks, mirrored, top, left = finetune.crop(rng, image, masks, shape, self.size, 0)
+        image, masks, mirrored, top, left = finetune.crop(rng, image, self.masks(i), shape, self.size, 0)
         x, y, width, height = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).unbind(1)
         x = w - x - width if mirrored else x
         boxes = torch.stack([x, y, x + width, y + height], 1)
@@ -127,31 +147,29 @@ def average_precision(coco, found: list[dict], kind: str) -> tuple[dict[str, flo
     return {name: 100 * float(scores.stats[i]) for i, name in enumerate(("AP", "AP50", "AP75"))}, summary.getvalue()
 
 
-def instances(masks: list[np.ndarray], shape) -> Tensor:
+def instances(masks, shape) -> Tensor:
     """Masks (h, w), the later in front, as one map of ids, -1 where there is none."""
     ids = torch.full(tuple(shape), -1)
     for i, mask in enumerate(masks):
-        ids[torch.from_numpy(mask).bool()] = i
+        ids[mask.bool()] = i
     return ids
 
 
 def picture(objects: Objects, i: int, found: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
     """An image, what was found in it with a score above 0.5, and the truth."""
-    from pycocotools import mask as rle
-
     image, image_id = objects.whole(i)
     good = [one for one in found if one["image_id"] == image_id and one["score"] > 0.5]
-    truth = [objects.coco.annToMask(a) for a in objects.rows[i][2]]
-    masks = [rle.decode(one["segmentation"]) for one in sorted(good, key=lambda one: one["score"])]
-    return image, instances(masks, image.shape[1:]), instances(truth, image.shape[1:])
+    found = [evaluation.decode(one["segmentation"], *image.shape[1:]) for one in sorted(good, key=lambda f: f["score"])]
+    truth = objects.masks(i) if objects.rows[i]["annotations"] else []
+    return image, instances(found, image.shape[1:]), instances(truth, image.shape[1:])
 
 
 def run(args, lr: float, seed: int, data: Objects, val: Objects) -> tuple[dict[str, float] | None, str]:
     """One run: AP of boxes and masks (None: told to stop), and the line about its encoder."""
     rank, world, device = processes.place()
     out = finetune.folder(args, lr, seed)
+    encoder, line, fingerprint = finetune.backbone(args, rank)
     torch.manual_seed(seed)
-    encoder, line = finetune.backbone(args, rank)
     model = finetune.to_device(mask_rcnn(encoder, len(val.categories), args.size), world, device)
     data.seed = seed
 
@@ -160,9 +178,9 @@ def run(args, lr: float, seed: int, data: Objects, val: Objects) -> tuple[dict[s
         targets = [{name: x.to(device, non_blocking=True) for name, x in target.items()} for target in targets]
         return sum(ddp([image.to(device, non_blocking=True) / 255 for image in images], targets).values())
 
-    settings = {"ckpt": args.ckpt, "size": args.size, "split": args.split}
+    settings = {"size": args.size, "split": args.split, "warmup": args.warmup}
     drops, warmup = (2 / 3, 8 / 9), args.warmup
-    if not finetune.fit(model, data, list, loss_of, out, settings, args, lr, seed, drops, warmup):
+    if not finetune.fit(model, data, list, loss_of, out, settings, fingerprint, args, lr, seed, drops, warmup):
         return None, line
     found = find(model, val, args)
     if rank > 0:
@@ -172,8 +190,8 @@ def run(args, lr: float, seed: int, data: Objects, val: Objects) -> tuple[dict[s
         scores, summary = average_precision(val.coco, found, kind)
         print(f"{out}, {name}:\n{summary}", flush=True)
         result |= {f"{name} {key}": x for key, x in scores.items()}
-    evaluation.write_json(out / "result.json", result)
     evaluation.write_json(out / "detections.json", found)
+    evaluation.write_json(out / "result.json", result)
     finetune.strip([picture(val, i, found) for i in range(min(6, len(val)))], out / "masks.png")
     return {name: result[name] for name in ("box AP", "mask AP")}, line
 

@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import datetime
+import hashlib
 import itertools
 import math
 import statistics
@@ -51,12 +53,39 @@ def check_flags(args):
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     if not all(0 < lr < math.inf for lr in args.lr):
         raise UsageError(f"--lr must be above 0, got {min(args.lr)}")
+    if min(args.seeds) < 0 or len({*args.seeds}) < len(args.seeds) or len({*args.lr}) < len(args.lr):
+        raise UsageError(f"--lr and --seeds must all be different, seeds 0 or more, got {args.lr} and {args.seeds}")
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, drops: tuple[float, ...]) -> float:
     """Linear up to peak over `warmup` steps, then a tenth of it after each of the drops, fractions of all steps."""
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
     return peak * rise * 0.1 ** sum(step >= int(drop * steps) for drop in drops)
+
+
+class Diverged(Exception):
+    """The loss of a run is not finite; other learning rates may do."""
+
+
+def resume(last: Path, settings: dict, model: nn.Module, optimizer) -> int:
+    """Loads what rank 0's last.pth holds, where there is one, on all processes: the steps that it has. Raises
+    UsageError where it was trained with other settings."""
+    rank, world, _ = processes.place()
+    shared = [None]  # not read by each: by now, or on another disk, it may be another
+    if rank == 0 and last.exists():
+        file = r2o.load_file(last)
+        for key, now in settings.items():
+            then = file.get("settings", {}).get(key)
+            if then != now and not (key == "epochs" and now == 0):
+                raise UsageError(f"{last} was trained with {key} {then}, now it is {now}: pass another --out")
+        shared = [file]
+    if world > 1:
+        dist.broadcast_object_list(shared)
+    if shared[0] is None:
+        return 0
+    model.load_state_dict(shared[0]["model"])
+    optimizer.load_state_dict(shared[0]["optimizer"])
+    return shared[0]["step"]
 
 
 def fit(
@@ -66,6 +95,7 @@ def fit(
     loss_of,
     out: Path,
     settings: dict,
+    fingerprint: str,
     args,
     lr: float,
     seed: int,
@@ -76,10 +106,15 @@ def fit(
 
     data: indexed by (epoch, i), all randomness of a sample following from them and its seed, so that runs that were
     interrupted end like others. loss_of(model, batch, device): the mean loss of what `collate` made of samples.
-    settings: what a checkpoint must agree with. Raises UsageError where it does not, where the batch is larger than the
-    data or not divisible by the processes, and where the loss is not finite.
+    settings, fingerprint: what a checkpoint must agree with, and the encoder's. --epochs 0 takes any number of epochs'.
+    Raises UsageError where it does not, and where the batch is larger than the data or not divisible by the processes;
+    Diverged where the loss is not finite.
     """
     rank, world, device = processes.place()
+    last, settings = out / "last.pth", settings | {"images": len(data), "batch_size": args.batch_size, "lr": lr}
+    settings |= {"encoder": fingerprint, "epochs": args.epochs, "weight_decay": args.weight_decay, "seed": seed}
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=args.weight_decay)
+    first = resume(last, settings, model, optimizer)
     if args.epochs == 0:
         return True
     if args.batch_size > len(data):
@@ -88,22 +123,6 @@ def fit(
         raise UsageError(f"{world} processes cannot share --batch-size {args.batch_size}: pass a multiple of {world}")
     per_epoch = len(data) // args.batch_size
     steps = args.epochs * per_epoch
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=args.weight_decay)
-    first, last = 0, out / "last.pth"
-    settings = settings | {"images": len(data), "epochs": args.epochs, "batch_size": args.batch_size, "lr": lr}
-    settings |= {"weight_decay": args.weight_decay, "seed": seed}
-    if last.exists():
-        file = r2o.load_file(last)
-        for key, now in settings.items():
-            then = file.get("settings", {}).get(key)
-            if then != now:
-                raise UsageError(
-                    f"{last} was trained with {key} {then}, now it is {now}: pass another --out, or delete it"
-                )
-        model.load_state_dict(file["model"])
-        optimizer.load_state_dict(file["optimizer"])
-        first = file["step"]
-        del file
     if first == steps:
         return True
     if rank == 0 and first:
@@ -139,7 +158,7 @@ def fit(
                 dist.all_reduce(watch)
             mean, stop = watch[0].item() / world, watch[1].item() > 0
             if not math.isfinite(mean):
-                raise UsageError(f"the loss of step {step + 1} of {out} is not finite: lower --lr")
+                raise Diverged(f"the loss of step {step + 1} of {out} is not finite: lower --lr")
             optimizer.step()
             bar.set_postfix_str(f"loss {mean:.3f}, lr {optimizer.param_groups[0]['lr']:.2g}", refresh=False)
             bar.update()
@@ -147,7 +166,7 @@ def fit(
             saved = True
             if rank == 0 and (done == steps or stop or done % args.save_every == 0):
                 saved = save(done)
-            if stop and done < steps:
+            if stop:
                 if not saved:
                     raise UsageError(f"told to stop, but {last} could not be saved: the one before stays")
                 if rank == 0:
@@ -180,12 +199,15 @@ def share(n: int) -> range:
     return range(rank, n, world)
 
 
-def backbone(args, rank: int) -> tuple[nn.Module, str]:
-    """--ckpt's encoder, for training."""
+def backbone(args, rank: int) -> tuple[nn.Module, str, str]:
+    """--ckpt's encoder, for training, the line about it, and a fingerprint of its weights."""
     encoder, line = r2o.load_encoder(args.ckpt, args.arch)
     if rank == 0:
         print(line, flush=True)
-    return encoder.train(), line
+    digest = hashlib.sha256(encoder.arch.encode())
+    for x in encoder.state_dict().values():
+        digest.update(x.numpy().tobytes())
+    return encoder.train(), line, digest.hexdigest()[:16]
 
 
 def channels(layer: nn.Module) -> int:
@@ -242,31 +264,42 @@ def sweep(args, run, task: str, theirs: str, more: dict) -> int:
     encoder. Reports the learning rate that is best by the first metric's mean, in OUT/results.json and in a row.
     Returns the exit status."""
     rank, world, device = processes.place()
-    processes.tie(rank, world, device)
+    processes.tie(rank, world, device, datetime.timedelta(hours=2))  # some wait while rank 0 counts AP
     if rank == 0:
         folder(args, args.lr[0], args.seeds[0])
         lock = files.claim(Path(args.out))  # noqa: F841
-    scores: dict[float, list[dict]] = {lr: [] for lr in args.lr}
+    scores: dict[float, list[dict | None]] = {lr: [] for lr in args.lr}
+    found = {"ckpt": args.ckpt, "seeds": args.seeds} | more
     for lr, seed in itertools.product(args.lr, args.seeds):
-        metrics, line = run(lr, seed)
+        try:
+            metrics, line = run(lr, seed)
+        except Diverged as e:  # alike on all processes
+            metrics = {}
+            if rank == 0:
+                print(f"diverged: {e}", file=sys.stderr, flush=True)
         if metrics is None:
             return processes.STOPPED
-        scores[lr].append(metrics)
+        scores[lr].append(metrics or None)
+        if rank == 0:
+            runs = {f"{lr:g}": x for lr, x in scores.items()}
+            evaluation.write_json(Path(args.out) / "results.json", found | {"runs": runs})
     if rank > 0:
         return 0
+    good = {lr: x for lr, x in scores.items() if None not in x}
+    if not good:
+        raise UsageError(f"a run diverged at each of the learning rates {args.lr}: pass lower ones with --lr")
 
     def said(lr: float) -> str:
         parts = []
-        for name in scores[lr][0]:
-            x = [one[name] for one in scores[lr]]
+        for name in good[lr][0]:
+            x = [one[name] for one in good[lr]]
             spread = f" ± {statistics.stdev(x):.2f}" if len(x) > 1 else ""
             parts.append(f"{name} {statistics.mean(x):.2f}{spread}")
-        return ", ".join(parts) + f" (n = {len(args.seeds)}, lr {lr:g})"
+        return ", ".join(parts) + f" (n = {len(good[lr])}, lr {lr:g})"
 
-    for lr in args.lr:
-        print(said(lr))
-    best = max(args.lr, key=lambda lr: statistics.mean(next(iter(one.values())) for one in scores[lr]))
-    found = {"ckpt": args.ckpt, "encoder": line, "seeds": args.seeds, "best lr": best} | more
-    evaluation.write_json(Path(args.out) / "results.json", found | {"runs": {f"{lr:g}": x for lr, x in scores.items()}})
-    print(evaluation.row(task, line, said(best), theirs))
+    for lr in scores:
+        print(said(lr) if lr in good else f"diverged (lr {lr:g})")
+    best = max(good, key=lambda lr: statistics.mean(next(iter(one.values())) for one in good[lr]))
+    print(evaluation.row(task, line, said(best), theirs), flush=True)
+    evaluation.write_json(Path(args.out) / "results.json", found | {"encoder": line, "best lr": best, "runs": runs})
     return 0

@@ -93,10 +93,7 @@ class Scenes(torch.utils.data.Dataset):
         return len(self.base)
 
     def whole(self, i: int) -> tuple[Tensor, Tensor]:
-        try:
-            image, label = self.base[i]
-        except OSError as e:
-            raise UsageError(f"cannot read image {i + 1} of {self.where} ({e}): is the data set complete?") from None
+        image, label = evaluation.read(lambda _: self.base[i], f"image {i + 1} of {self.where}")
         image, values = TF.pil_to_tensor(image), torch.from_numpy(np.array(label)).long()
         if values.ndim != 2 or values.shape != image.shape[1:]:
             raise UsageError(
@@ -195,27 +192,30 @@ def run(args, which: str, ids: dict, lr: float, seed: int, base, val: Scenes) ->
     """One run: mIoU (None: told to stop), and the line about its encoder."""
     rank, world, device = processes.place()
     classes, out = RECIPES[which]["classes"], finetune.folder(args, lr, seed)
+    encoder, line, fingerprint = finetune.backbone(args, rank)
     torch.manual_seed(seed)
-    encoder, line = finetune.backbone(args, rank)
     model = finetune.to_device(FCN(encoder, classes), world, device)
     scenes = Scenes(base, ids, f"{args.split} of {args.data}", args.crop, args.scales, seed)
 
     def loss_of(ddp, batch, device):
         images, labels = (x.to(device, non_blocking=True) for x in batch)
         loss = F.cross_entropy(ddp(r2o.normalize(images)), labels.long(), ignore_index=VOID, reduction="sum")
-        return loss / (labels != VOID).sum().clamp(min=1)
+        pixels = (labels != VOID).sum()  # of all processes, so that each pixel weighs alike; DDP averages over them
+        if world > 1:
+            dist.all_reduce(pixels)
+        return loss * world / pixels.clamp(min=1)
 
-    settings = {"ckpt": args.ckpt, "data": which, "crop": args.crop, "scales": args.scales}
-    if not finetune.fit(model, scenes, None, loss_of, out, settings, args, lr, seed, drops=(0.7, 0.9)):
+    settings = {"data": which, "crop": args.crop, "scales": args.scales}
+    if not finetune.fit(model, scenes, None, loss_of, out, settings, fingerprint, args, lr, seed, drops=(0.7, 0.9)):
         return None, line
     pairs, shown = evaluate(model, val, classes, args, f"{out}, evaluating")
     ious = class_ious(pairs)
     miou = 100 * ious.nanmean().item()
     if rank == 0:
         each = {name: None if iou.isnan() else 100 * iou.item() for name, iou in zip(NAMES[which], ious, strict=True)}
+        print(f"{out}: mIoU {miou:.2f} over {int((~ious.isnan()).sum())} classes", flush=True)
         evaluation.write_json(out / "result.json", {"mIoU": miou, "IoU": each, "encoder": line, "lr": lr})
         finetune.strip(shown, out / "masks.png")
-        print(f"{out}: mIoU {miou:.2f} over {int((~ious.isnan()).sum())} classes", flush=True)
     return {"mIoU": miou}, line
 
 
