@@ -238,7 +238,8 @@ def evaluate(args) -> int:
     for (name, k, assign), score in scores.items():
         print(f"{score:.3f}  {name}" + (f", K = {k}, {assign} masks" if k else ""))
     if args.plot:
-        plot(*[(c := curves_of(scores, checkpoints))[0], f"average best overlap, {count} objects", c[1]], args.plot)
+        curves, across = curves_of(scores, checkpoints)
+        plot(curves, f"average best overlap, {count} objects", across, args.plot)
     path = checkpoints[-1][0]
     k = ks[path][-1]
     ours = f"{scores[path, k, 'pixel']:.3f} (pixel masks), {scores[path, k, 'region']:.3f} (region masks), "
@@ -252,10 +253,7 @@ def evaluate(args) -> int:
 def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     evaluation.add_encoder_flags(p)
-    data = "CUB_200_2011; or a folder of images and one of masks of the same names; or one and a COCO instances JSON"
-    p.add_argument("--data", required=True, nargs="+", type=Path, help=data)
-    p.add_argument("--split", default="test", help="CUB's own test set, or a file of ids (default: %(default)s)")
-    evaluation.add_masks_flag(p)
+    evaluation.add_truth_flags(p, "; or one of images and a COCO instances JSON")
     ks = "clusters (default: 128 64 16 4, for a folder 4; and what K(t) was, where the checkpoint says so)"
     p.add_argument("-k", type=int, nargs="+", help=ks)
     p.add_argument("--group", type=int, default=32, help="images that share one K-means (default: %(default)s)")

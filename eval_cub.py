@@ -140,11 +140,7 @@ def evaluate(args) -> int:
 def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     evaluation.add_encoder_flags(p)
-    data = "CUB_200_2011 (with images.txt, images and segmentations), or a folder of images and one of masks"
-    p.add_argument("--data", required=True, nargs="+", type=Path, help=data)
-    split = "CUB's own test set, or a file of ids, such as ReDO's (default: %(default)s)"
-    p.add_argument("--split", default="test", help=split)
-    evaluation.add_masks_flag(p)
+    evaluation.add_truth_flags(p)
     p.add_argument("--layer", default="c4", choices=("c4", "c5"), help="features to cluster (default: %(default)s)")
     size = "images are resized to this side; twice it for finer segments (default: %(default)s)"
     p.add_argument("--size", type=int, default=224, help=size)

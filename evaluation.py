@@ -83,7 +83,12 @@ def read_square(path: str | Path, size: int) -> Tensor:
     return r2o.resize(read(r2o.read_image, path), size)
 
 
-def add_masks_flag(p: argparse.ArgumentParser):
+def add_truth_flags(p: argparse.ArgumentParser, also: str = ""):
+    """--data, --split and --masks. also: what else --data may be."""
+    data = f"CUB_200_2011 (with images.txt, images, segmentations), a folder of images and one of masks{also}"
+    p.add_argument("--data", required=True, nargs="+", type=Path, help=data)
+    split = "CUB's own test set, or a file of ids, such as ReDO's (default: %(default)s)"
+    p.add_argument("--split", default="test", help=split)
     text = "what mask files hold: an object above half of white, or an id for each (default: told by their values)"
     p.add_argument("--masks", default="auto", choices=("auto", "binary", "ids"), help=text)
 

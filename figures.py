@@ -92,10 +92,7 @@ def draw(args) -> int:
 def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     evaluation.add_encoder_flags(p)
-    data = "CUB_200_2011 (with images.txt, images and segmentations), or a folder of images and one of masks"
-    p.add_argument("--data", required=True, nargs="+", type=Path, help=data)
-    p.add_argument("--split", default="test", help="CUB's own test set, or a file of ids (default: %(default)s)")
-    evaluation.add_masks_flag(p)
+    evaluation.add_truth_flags(p)
     p.add_argument("--out", type=Path, default=Path("figures"), help="folder for the PNGs (default: %(default)s)")
     p.add_argument("-k", type=int, default=5, help="segments of an image in objects and worst (default: %(default)s)")
     p.add_argument("--count", type=int, default=8, help="images in each figure (default: %(default)s)")
