@@ -11,6 +11,7 @@ regions' C4 features; pixels go to the nearest centre, or with their region. Voi
 
 import argparse
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -149,24 +150,26 @@ def measure(encoders: dict, truth: Truth, ks: dict, args, device) -> tuple[dict[
 
 
 def plot(curves: dict[str, list[tuple[float, float]]], title: str, across: str, path: str | Path):
-    """Labelled lines of (x, y) as a PNG, by Pillow alone."""
+    """Labelled lines of (x, y) as a PNG, by Pillow alone; K on a logarithmic axis."""
     width, height, left, right, top, bottom = 820, 440, 60, 220, 34, 44
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     xs, ys = zip(*(point for line in curves.values() for point in line), strict=True)
-    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1), min(ys) - 0.02, max(ys) + 0.02
+    scale = math.log if across == "K" else float
+    x0, x1, y0, y1 = scale(min(xs)), scale(max(max(xs), min(xs) + 1)), min(ys) - 0.02, max(ys) + 0.02
 
     def at(x, y):
-        u, v = (x - x0) / (x1 - x0), (y - y0) / (y1 - y0)
+        u, v = (scale(x) - x0) / (x1 - x0), (y - y0) / (y1 - y0)
         return left + u * (width - left - right), height - bottom - v * (height - top - bottom)
 
     draw.text((left, 12), title, fill="black")
     draw.text((left + (width - left - right) / 2 - 3 * len(across), height - 18), across, fill="black")
-    for x in np.unique(np.sort(np.unique(xs))[np.linspace(0, len(set(xs)) - 1, 8).astype(int)]):
+    ticks = sorted(set(xs))
+    for x in ticks[:: -(-len(ticks) // 12)]:
         draw.text((at(x, y0)[0] - 3 * len(f"{x:g}"), height - bottom + 6), f"{x:g}", fill="black")
     for y in np.linspace(y0, y1, 6):
-        draw.line((*at(x0, y), *at(x1, y)), fill=(225, 225, 225))
-        draw.text((12, at(x0, y)[1] - 6), f"{y:.3f}", fill="black")
+        draw.line((*at(ticks[0], y), width - right, at(ticks[0], y)[1]), fill=(225, 225, 225))
+        draw.text((12, at(ticks[0], y)[1] - 6), f"{y:.3f}", fill="black")
     for i, (label, line) in enumerate(curves.items()):
         colour = tuple((200 * r2o.palette(torch.tensor(i))).int().tolist())
         draw.line([at(*point) for point in line], fill=colour, width=2)
@@ -239,9 +242,9 @@ def evaluate(args) -> int:
         print(f"{score:.3f}  {name}" + (f", K = {k}, {assign} masks" if k else ""))
     if args.plot:
         curves, across = curves_of(scores, checkpoints)
-        plot(curves, f"average best overlap, {count} objects", across, args.plot)
+        plot(curves, f"average best overlap of {count} objects in {args.data[0].name}", across, args.plot)
     path = checkpoints[-1][0]
-    k = ks[path][-1]
+    k = args.k[-1] if args.k else ks[path][-1]
     ours = f"{scores[path, k, 'pixel']:.3f} (pixel masks), {scores[path, k, 'region']:.3f} (region masks), "
     ours += f"{scores['SLIC prior', None, None]:.3f} (SLIC prior), {scores['grid', None, None]:.3f} (grid)"
     task = f"best overlap, {args.data[0].name}, K = {k}, {count} objects"

@@ -90,6 +90,11 @@ def columns(shown: list[list[torch.Tensor]], k: int) -> list[tuple[str, torch.Te
     return [(label, torch.stack(column)) for label, column in zip(labels, zip(*shown, strict=True), strict=True)]
 
 
+def check_k(k: int):
+    if not 1 <= k <= 256:
+        raise r2o.UsageError(f"-k must be at least 1 and at most 256, got {k}")
+
+
 def evenly(n: int, count: int) -> list[int]:
     """At most `count` evenly spaced of n indices."""
     return np.linspace(0, n - 1, min(count, n)).astype(int).tolist()
@@ -104,8 +109,7 @@ def mean_scores(scores: list[dict], n: int) -> dict[str, float]:
 
 
 def evaluate(args) -> int:
-    if args.k < 1:
-        raise r2o.UsageError(f"-k must be at least 1, got {args.k}")
+    check_k(args.k)
     evaluation.check_size(args.size)
     evaluation.check_outputs(args.json, args.vis)
     pairs = evaluation.list_masks(args.data, args.split)
@@ -133,7 +137,7 @@ def evaluate(args) -> int:
     print(evaluation.row(task, line, ours, theirs), flush=True)
     evaluation.write_json(args.json, result)
     if args.vis:
-        r2o.film_strip(columns(shown, args.k)).save(args.vis)
+        r2o.film_strip(columns(shown, args.k), zoom=-(-128 // args.size)).save(args.vis)
     return 0
 
 

@@ -201,7 +201,8 @@ def list_masks(data: list[Path], split: str) -> list[tuple[Path, Path]]:
         raise UsageError(f"--data takes one folder or two, got {len(data)}")
     for folder in data:
         if not folder.is_dir():
-            raise UsageError(f"no such folder: {folder}")
+            problem = "not a folder" if folder.exists() else "no such folder"
+            raise UsageError(f"{problem}: {folder}; expected CUB_200_2011, or a folder of images and one of masks")
     return list_pairs(*data) if len(data) == 2 else list_cub(data[0], split)
 
 

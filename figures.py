@@ -45,8 +45,9 @@ def draw_masks(checkpoints: list, encoders: dict, images: torch.Tensor, count: i
 
 
 def draw(args) -> int:
-    if args.k < 1 or args.count < 1:
-        raise UsageError(f"-k and --count must be at least 1, got {args.k} and {args.count}")
+    eval_cub.check_k(args.k)
+    if args.count < 1:
+        raise UsageError(f"--count must be at least 1, got {args.count}")
     evaluation.check_size(args.size)
     pairs = evaluation.list_masks(args.data, args.split)
     try:
@@ -62,7 +63,7 @@ def draw(args) -> int:
         print(line, flush=True)
 
     def save(name: str, columns: list, notes=None):
-        r2o.film_strip(columns, notes=notes).save(args.out / name)
+        r2o.film_strip(columns, zoom=-(-128 // args.size), notes=notes).save(args.out / name)
         print(f"wrote {args.out / name}", flush=True)
 
     some = [pairs[i][0] for i in eval_cub.evenly(len(pairs), 32)]

@@ -904,6 +904,8 @@ def load_file(path: str | Path) -> dict:
         raise UsageError(
             f"no such checkpoint: {path}; expected r2o.pth, last.pth or a torchvision state dict"
         ) from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is a folder: expected a file in it, such as r2o.pth") from None
     except (
         OSError,
         RuntimeError,
@@ -931,6 +933,8 @@ def load_encoder(ckpt: str, arch: str | None = None) -> tuple[nn.Module, str]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return build_encoder(arch or "resnet50").eval(), f"{arch or 'resnet50'}, randomly initialised"
+    if Path(ckpt).suffix in (".safetensors", ".pkl"):
+        raise UsageError(f"{ckpt} is in another layout: make it r2o.pth with transfer/export.py --to r2o")
     file = load_file(ckpt)
     meant = file.get("arch") or (file.get("args") or {}).get("arch") or arch or "resnet50"
     if arch not in (None, meant):

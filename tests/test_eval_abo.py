@@ -217,7 +217,7 @@ def test_the_figures_are_drawn_the_worst_first(pairs, finished, tmp_path, capsys
     flags = ["--data", pairs / "images", pairs / "masks", "--size", 64, "--count", 3]
     figures.main([str(f) for f in (*flags, "--ckpt", finished[0], "--out", tmp_path)])
     sizes = [Image.open(tmp_path / f"{name}.png").size for name in ("masks", "objects", "worst")]
-    assert sizes == [(4 * 68 - 4, 16 + 3 * 68 - 4)] * 3
+    assert sizes == [(4 * 132 - 4, 16 + 3 * 132 - 4)] * 3
     result = tmp_path / "cub.json"
     pick = ["--ckpt", finished[0] / "r2o.pth", *flags[:5], "--json", result]
     eval_cub.main([str(f) for f in pick])
@@ -225,14 +225,14 @@ def test_the_figures_are_drawn_the_worst_first(pairs, finished, tmp_path, capsys
     ious = [float(note.rsplit(" ", 1)[1]) for note in notes[2]]
     assert len(ious) == 3 and ious == sorted(ious) and ious[-1] < mean
     figures.main([str(f) for f in (*flags, "--ckpt", finished[0] / "r2o.pth", "--out", tmp_path)])
-    assert Image.open(tmp_path / "masks.png").size == (7 * 68 - 4, 16 + 3 * 68 - 4)
+    assert Image.open(tmp_path / "masks.png").size == (7 * 132 - 4, 16 + 3 * 132 - 4)
 
 
 def test_figures_refuse_what_cannot_be_drawn(pairs, tmp_path, refused_figures):
     flags = ["--ckpt", "random", "--arch", "tiny", "--size", 64, "--out", tmp_path]
     data = ["--data", pairs / "images", pairs / "masks"]
     assert "no such folder" in refused_figures(*flags, "--data", tmp_path / "nowhere")
-    assert "-k and --count" in refused_figures(*flags, *data, "-k", 0)
+    assert "-k must be at least 1 and at most 256" in refused_figures(*flags, *data, "-k", 0)
     assert "no epoch_" in refused_figures("--ckpt", tmp_path, *data, "--out", tmp_path)
     (tmp_path / "file").touch()
     assert "cannot make the folder" in refused_figures(*flags, *data, "--out", tmp_path / "file")

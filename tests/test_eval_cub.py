@@ -91,7 +91,7 @@ def test_a_run_prints_and_writes_metrics_and_protocol(cub, tmp_path, capsys):
     assert f"foreground IoU  {result['foreground IoU']:.3f}" in printed and "n = 6" in printed
     assert "chosen by the truth" in printed
     picture_of = Image.open(png)
-    assert picture_of.width == 4 * 68 - 4 and picture_of.height == 16 + 6 * 68 - 4
+    assert picture_of.width == 4 * 132 - 4 and picture_of.height == 16 + 6 * 132 - 4
 
 
 def test_the_same_run_twice_gives_the_same_figures(cub, tmp_path):

@@ -246,7 +246,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(shapes, tmp_path, monke
     assert results(tmp_path / "whole")["runs"] == results(tmp_path / "parts")["runs"]
 
 
-def test_no_epochs_means_to_evaluate_what_was_trained(shapes, tmp_path):
+def test_no_epochs_means_to_evaluate_what_was_trained(shapes, tmp_path, refused_segment):
     def run(*more):
         flags = ["--data", shapes, "--out", tmp_path, "--seeds", 0, "--lr", 0.05, "--scales", 1, 1, *more]
         segment.main([str(f) for f in (*SEGMENT, *flags)])
@@ -254,6 +254,8 @@ def test_no_epochs_means_to_evaluate_what_was_trained(shapes, tmp_path):
 
     trained = run("--epochs", 15)
     assert run("--epochs", 0) == trained > 30
+    flags = ["--data", shapes, "--out", tmp_path / "nothing", "--seeds", 0, "--epochs", 0]
+    assert "there is no" in refused_segment(*SEGMENT, *flags)
 
 
 def test_a_learning_rate_that_diverges_does_not_take_the_others_along(shapes, tmp_path, capsys, refused_segment):
@@ -273,7 +275,7 @@ def test_another_encoder_under_the_same_name_is_not_taken_for_the_one_before(sha
         torch.save({"arch": "tiny", "state_dict": r2o.build_encoder("tiny").state_dict()}, tmp_path / "my.pth")
         if seed == 1:
             segment.main([str(f) for f in flags])
-    assert "was trained with encoder" in refused_segment(*flags)
+    assert "was trained from other weights than --ckpt" in refused_segment(*flags)
 
 
 def test_seeds_scales_and_steps_are_what_the_flags_say(shapes, coco, tmp_path, monkeypatch):
@@ -334,6 +336,7 @@ def test_segment_refuses_what_does_not_fit(shapes, tmp_path, refused_segment):
     assert "seeds 0 or more" in said("--seeds", -1)
     assert "cannot open valid" in said("--val-split", "valid")
     assert "is neither: expected the folder of VOCdevkit" in said(data=tmp_path)
+    assert "is a folder" in said("--ckpt", tmp_path) and "export.py --to r2o" in said("--ckpt", "r2o.pkl")
     assert "matches" in said("--ckpt", weights(tmp_path)) and "no such checkpoint" in said("--ckpt", "nowhere.pth")
     done = ["--data", shapes, "--out", tmp_path / f"out-{shapes.name}", "--seeds", 0, "--epochs", 1]
     segment.main([str(f) for f in (*SEGMENT, *done)])
@@ -521,7 +524,7 @@ def test_detect_refuses_what_does_not_fit(coco, tmp_path, refused_detect):
     wrong = [{"id": 10, "file_name": "0.png", "height": 90, "width": 60}]
     polygons = [a for a in annotations_of(coco) if a["image_id"] == 10 and not a["iscrowd"]]
     data = mended(images=wrong, annotations=polygons)
-    assert "is 90 x 60 pixels, its annotations 60 x 90" in said("--epochs", 0, data=data)
+    assert "is 90 x 60 pixels, its annotations 60 x 90" in said("--epochs", 1, data=data)
 
 
 def annotations_of(coco):

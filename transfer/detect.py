@@ -208,9 +208,16 @@ def detect(args) -> int:
         raise UsageError(
             f"{args.split} and {args.val_split} of {args.data} list different categories: mend one of them"
         )
-    task = f"COCO {args.val_split}, {len(val)} images, Mask R-CNN, {args.epochs} epochs"
+    task = f"COCO {args.val_split}, {len(val)} images, Mask R-CNN" + (f", {args.epochs} epochs" if args.epochs else "")
+    more = {
+        "images": len(val),
+        "epochs": args.epochs,
+        "split": args.split,
+        "val split": args.val_split,
+        "size": args.size,
+    }
     theirs = "Table 1, box AP 41.7, mask AP 38.3 (their README)"
-    return finetune.sweep(args, lambda lr, seed: run(args, lr, seed, data, val), task, theirs, {"images": len(val)})
+    return finetune.sweep(args, lambda lr, seed: run(args, lr, seed, data, val), task, theirs, more)
 
 
 def parse_args(argv):

@@ -37,7 +37,7 @@ def add_flags(
         text += "" if default is None else " (default: %(default)s)"
         p.add_argument(flag, type=kind, default=default, help=text, **more)
 
-    add("--out", str, out, "folder for checkpoints and results; runs go on from what it holds")
+    add("--out", str, out, "folder for runs, which go on from what it holds, and results.json, of the last command")
     add("--epochs", int, epochs, "passes over the training images; 0: evaluate only")
     add("--batch-size", int, batch_size, "images per step, over all processes")
     add("--lr", float, lr, "learning rates, a run each", nargs="+")
@@ -76,6 +76,8 @@ def resume(last: Path, settings: dict, model: nn.Module, optimizer) -> int:
         file = r2o.load_file(last)
         for key, now in settings.items():
             then = file.get("settings", {}).get(key)
+            if then != now and key == "encoder":
+                raise UsageError(f"{last} was trained from other weights than --ckpt now holds: pass another --out")
             if then != now and not (key == "epochs" and now == 0):
                 raise UsageError(f"{last} was trained with {key} {then}, now it is {now}: pass another --out")
         shared = [file]
@@ -116,6 +118,8 @@ def fit(
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=args.weight_decay)
     first = resume(last, settings, model, optimizer)
     if args.epochs == 0:
+        if not first:
+            raise UsageError(f"--epochs 0 evaluates what was trained, but there is no {last}: pass its --out")
         return True
     if args.batch_size > len(data):
         raise UsageError(f"--batch-size {args.batch_size} is larger than the data ({len(data)} images): pass less")

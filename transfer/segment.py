@@ -31,8 +31,7 @@ NAMES = {
     ).split(),
     "cityscapes": [c.name for c in datasets.Cityscapes.classes if 0 <= c.train_id < 19],
 }
-# Crop, scales, batch and the steps of the learning rate are MoCo's, which A.2 follows; epochs and learning rates are
-# those of the authors' configs. theirs: from the authors' README.
+# As in the authors' configs. theirs: from their README.
 RECIPES = {
     "voc": {"name": "PASCAL VOC", "classes": 21, "crop": 513, "epochs": 45, "lr": [0.01], "theirs": 77.3},
     "cityscapes": {"name": "Cityscapes", "classes": 19, "crop": 769, "epochs": 160, "lr": [0.04], "theirs": 76.6},
@@ -237,7 +236,7 @@ def segment(args) -> int:
     val = Scenes(open_split(root, which, args.val_split), ids, f"{args.val_split} of {args.data}")
     task = f"{recipe['name']} {args.val_split}, {len(val)} images, FCN"
     theirs = f"Table 1, mIoU {recipe['theirs']} (their README)"
-    more = {"data": which, "images": len(val)}
+    more = {"data": which, "images": len(val), "epochs": args.epochs, "split": args.split, "val split": args.val_split}
     return finetune.sweep(args, lambda lr, seed: run(args, which, ids, lr, seed, base, val), task, theirs, more)
 
 
