@@ -227,16 +227,8 @@ def evaluate(args) -> int:
         | {"average best overlap": score}
         for (name, k, assign), score in scores.items()
     ]
-    data = [str(d) for d in args.data]
-    found = {
-        "data": data,
-        "images": len(truth),
-        "objects": count,
-        "protocol": protocol,
-        "encoders": lines,
-        "rows": rows,
-    }
-    evaluation.write_json(args.json, found)
+    found = {"data": [str(d) for d in args.data], "images": len(truth), "objects": count}
+    found |= {"protocol": protocol, "encoders": lines, "rows": rows}
     print(f"average best overlap, {count} objects of {len(truth)} images")
     for (name, k, assign), score in scores.items():
         print(f"{score:.3f}  {name}" + (f", K = {k}, {assign} masks" if k else ""))
@@ -249,7 +241,7 @@ def evaluate(args) -> int:
     ours += f"{scores['SLIC prior', None, None]:.3f} (SLIC prior), {scores['grid', None, None]:.3f} (grid)"
     task = f"best overlap, {args.data[0].name}, K = {k}, {count} objects"
     print(evaluation.row(task, lines[path], ours, "Fig. 4, a curve"))
-    evaluation.write_json(args.json, found | {"rows": rows})
+    evaluation.write_json(args.json, found)
     return 0
 
 

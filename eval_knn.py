@@ -105,13 +105,6 @@ def nearest(queries: Tensor, bank: Tensor, labels: Tensor, k: int) -> tuple[Tens
     return best, whose
 
 
-def gather(x: Tensor) -> Tensor:
-    """The rows of all processes, one process after another; all have equally many."""
-    every = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(every, x.contiguous())
-    return every
-
-
 def votes(similar: Tensor, labels: Tensor, classes: int, temperature: float) -> Tensor:
     """The weight of every class: similar, labels (Q, k) -> (Q, classes)."""
     weights = ((similar - similar[:, :1]) / temperature).exp()  # a common factor, lest they overflow
@@ -121,16 +114,17 @@ def votes(similar: Tensor, labels: Tensor, classes: int, temperature: float) -> 
 def classify(bank, bank_labels, queries, labels, classes: int, ks: list[int], temperature: float, n: int) -> dict:
     """Top-1 and top-5 accuracy in percent, by k. Each process brings its rows of bank and queries; n: all queries."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    if world > 1:  # equally many queries from each: the last of some stand in twice and are not counted
+    if world > 1:  # equally many queries from each: some add one of label -1, which no vote can hit
         share = -(-n // world)
         queries, labels = (F.pad(x, [0, 0] * (x.ndim - 1) + [0, share - len(x)], value=-1) for x in (queries, labels))
-        queries, labels = gather(queries), gather(labels)
+        queries, labels = (r2o.of_ranks(x, 0, world) for x in (queries, labels))
     hits = {k: [0, 0] for k in ks}
     for start in range(0, len(queries), 16 * QUERIES):
         at = slice(start, start + 16 * QUERIES)
         similar, whose = nearest(queries[at], bank, bank_labels, max(ks))
         if world > 1:
-            similar, whose = (gather(x).view(world, -1, max(ks)).transpose(0, 1).flatten(1) for x in (similar, whose))
+            every = (r2o.of_ranks(x, 0, world).view(world, -1, max(ks)) for x in (similar, whose))
+            similar, whose = (x.transpose(0, 1).flatten(1) for x in every)
             similar, index = similar.topk(max(ks), dim=1)
             whose = whose.gather(1, index)
         for k in ks:

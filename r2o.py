@@ -420,7 +420,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # always the same one: memory is kept for each stream apart
 
 
-def _of_ranks(x: Tensor, first: int, count: int) -> Tensor:
+def of_ranks(x: Tensor, first: int, count: int) -> Tensor:
     """x of ranks first … first + count - 1, one after another."""
     every = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(every, x.contiguous())
@@ -452,7 +452,7 @@ def draw_masks(
     p, own = p / length.clamp(min=1e-12), slice(None)
     if span > 1:
         rank = dist.get_rank()
-        p, valid = (_of_ranks(x, rank // span * span, span) for x in (p, valid))
+        p, valid = (of_ranks(x, rank // span * span, span) for x in (p, valid))
         own = slice(rank % span * B * R, (rank % span + 1) * B * R)
     p, valid = p.reshape(G, -1, p.shape[2]), valid.reshape(G, -1)  # (G, N, C), (G, N)
     mu, own_id = _kmeans(p, valid, uniforms, iters)
