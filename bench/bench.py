@@ -41,6 +41,7 @@ from torchvision.transforms import v2 as transforms
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import files
 import r2o
+import r2o_ops
 
 GROUP, ITERS, LLOYD = 32, 20, 5  # images in a K-means; Lloyd iterations in training; those timed on their own
 CLUSTERS = (128, 64, 16, 4)
@@ -259,11 +260,11 @@ def make_input(images: list[Image.Image], device) -> types.SimpleNamespace:
 @contextlib.contextmanager
 def plain():
     """r2o with its references instead of its compiled ops."""
-    extension, r2o.extension = r2o.extension, lambda device=None: "python"
+    extension, r2o_ops.extension = r2o_ops.extension, lambda device=None: "python"
     try:
         yield
     finally:
-        r2o.extension = extension
+        r2o_ops.extension = extension
 
 
 def in_plain(f):
@@ -427,7 +428,7 @@ def clustering(bench: Bench, data, theirs):
         u = r2o.seeding_uniforms(G, K, torch.Generator().manual_seed(1)).to(x.device)
 
         def ours(iters, u=u):
-            return r2o._kmeans(x, valid, u, iters)
+            return r2o.kmeans_seeded(x, valid, u, iters)
 
         contestants = {"r2o": lambda: ours(ITERS), "plain PyTorch": in_plain(lambda: ours(ITERS))}
         if bench.device.type == "cuda":
@@ -455,17 +456,19 @@ def clustering(bench: Bench, data, theirs):
 def lloyd(bench: Bench, where: str, x, valid, separate, K: int, u, theirs):
     """Iterations only: for everybody one iteration more than asked for, less the time of one, so that what is done once
     (checks, copies, norms, seeding) is not counted."""
-    seeds = [c.contiguous() for c in r2o._kmeans(x, valid, u, 0)[0]]
+    seeds = [c.contiguous() for c in r2o.kmeans_seeded(x, valid, u, 0)[0]]
     n, D = sum(map(len, separate)), x.shape[2]
     iters = LLOYD
-    while iters > 1 and torch.equal(r2o._kmeans(x, valid, u, iters)[1], r2o._kmeans(x, valid, u, iters + 1)[1]):
+    while iters > 1 and torch.equal(
+        r2o.kmeans_seeded(x, valid, u, iters)[1], r2o.kmeans_seeded(x, valid, u, iters + 1)[1]
+    ):
         iters -= 1  # ours would stop
 
     def contestant(f):
         return lambda: f(iters + 1), lambda: f(1)
 
     def ours(iters):
-        return r2o._kmeans(x, valid, u, iters)
+        return r2o.kmeans_seeded(x, valid, u, iters)
 
     def plainly(iters):
         with plain():

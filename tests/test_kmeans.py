@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import r2o
+import r2o_ops
 
 fuzz = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -70,7 +71,7 @@ def test_every_valid_point_goes_to_its_nearest_centre_and_nothing_is_nan(G, N, D
 @pytest.mark.parametrize("iters", [1, 2, 3])
 def test_so_many_iterations_are_run_and_no_fewer(iters):
     """The compiled op and the reference agree after each iteration, not only at the end."""
-    if r2o.r2o_C is None:
+    if r2o_ops.r2o_C is None:
         pytest.skip("r2o_C is not built")
     case = (
         torch.rand(2, 300, 4, generator=rng()).double(),
@@ -100,9 +101,9 @@ def test_a_group_does_not_see_the_others():
     """So that results depend on neither the batch nor the number of processes."""
     points, u = torch.randn(4, 60, 3, generator=rng()), r2o.seeding_uniforms(4, 6, rng(1))
     valid = torch.ones(4, 60, dtype=torch.bool)
-    together = r2o._kmeans(points, valid, u, 20)
+    together = r2o.kmeans_seeded(points, valid, u, 20)
     for g in range(4):
-        alone = r2o._kmeans(points[g : g + 1], valid[g : g + 1], u[g : g + 1], 20)
+        alone = r2o.kmeans_seeded(points[g : g + 1], valid[g : g + 1], u[g : g + 1], 20)
         torch.testing.assert_close(together[0][g], alone[0][0])
         assert torch.equal(together[1][g], alone[1][0])
 
@@ -110,7 +111,7 @@ def test_a_group_does_not_see_the_others():
 @pytest.mark.parametrize("native", [False, True])
 def test_an_emptied_cluster_keeps_its_centre(native):
     """Seeds 0, 1 and 10 of one dimension: after the first update 0 and 1's points all prefer one of the two centres."""
-    if native and r2o.r2o_C is None:
+    if native and r2o_ops.r2o_C is None:
         pytest.skip("r2o_C is not built")
     op = torch.ops.r2o.kmeans if native else r2o.kmeans_ref
     emptied = 0

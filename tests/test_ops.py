@@ -1,4 +1,4 @@
-"""The compiled ops equal their references, on any input: csrc/ against the `_ref`s of r2o.py."""
+"""The compiled ops equal their references, on any input: csrc/ against the `_ref`s of r2o_ops.py."""
 
 import os
 import subprocess
@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import r2o
+import r2o_ops
 
-pytestmark = pytest.mark.skipif(r2o.r2o_C is None, reason="r2o_C is not built: python setup.py build_ext --inplace")
+pytestmark = pytest.mark.skipif(r2o_ops.r2o_C is None, reason="r2o_C is not built: python setup.py build_ext --inplace")
 cuda = pytest.param(
     "cuda",
     marks=pytest.mark.skipif(
