@@ -1,10 +1,10 @@
 """Builds r2o_C, the compiled ops: `python setup.py build_ext --inplace`.
 
-C++ always; CUDA where a toolkit and a CUDA build of PyTorch of the same major version are found. It prints which.
-    FORCE_CUDA=1   fail where CUDA cannot be built; FORCE_CUDA=0: C++ only
-    CUDA_HOME      the toolkit's folder, where it is in no usual place
-    TORCH_CUDA_ARCH_LIST   GPUs to build for (default: those of this machine, without one 8.0 and 9.0)
-    SANITIZE=1     C++ only, under AddressSanitizer and UndefinedBehaviorSanitizer (make sanitize)
+Always builds C++. Builds CUDA too if a toolkit of the same major version as PyTorch's CUDA is found. Prints which.
+    FORCE_CUDA=1   fail if CUDA cannot be built; FORCE_CUDA=0: C++ only
+    CUDA_HOME      toolkit folder, if not in a standard place
+    TORCH_CUDA_ARCH_LIST   GPUs to build for (default: those of this machine, or 8.0 and 9.0 if it has none)
+    SANITIZE=1     C++ only, with AddressSanitizer and UndefinedBehaviorSanitizer (make sanitize)
 """
 
 import os
@@ -19,7 +19,7 @@ from setuptools import setup
 
 
 def find_toolkit() -> Path | None:
-    """The first folder that holds a whole toolkit. nvcc on PATH may be a wrapper somewhere else, so that comes last."""
+    """Returns the first complete toolkit folder. nvcc on PATH comes last: it may be a wrapper outside the toolkit."""
     nvcc = shutil.which("nvcc")
     places = [
         os.environ.get("CUDA_HOME"),
@@ -34,7 +34,7 @@ def find_toolkit() -> Path | None:
 
 
 def cuda_problem(toolkit: Path | None) -> str:
-    """Why CUDA cannot be built, "" where it can."""
+    """Why CUDA cannot be built, or "" if it can."""
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
     if toolkit is None:
@@ -60,7 +60,7 @@ if not problem:
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
 
-from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402  (reads CUDA_HOME when imported)
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402  (reads CUDA_HOME on import)
 
 sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"] if sanitize else []
 sources = ["csrc/ops.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))]

@@ -1,4 +1,4 @@
-// What the CPU and CUDA versions of an op share: checks of their input, and the arithmetic of RoIAlign along one axis.
+// Shared by the CPU and CUDA ops: input checks and the 1-D arithmetic of RoIAlign.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
@@ -23,10 +23,10 @@ inline void check_same_device(const Tensor& a, const Tensor& b) {
   TORCH_CHECK(a.device() == b.device(), "all input must be on one device, got ", a.device(), " and ", b.device());
 }
 
-// The most points of one K-means group on a GPU, where all N² dot products are kept.
+// Maximum points per K-means group on a GPU, which stores all N² dot products.
 constexpr int64_t kMaxPoints = 8192;
 
-// The precision that pooling and clustering compute in: float64 for float64, else float32.
+// Compute precision of pooling and clustering: float64 for float64 input, else float32.
 inline at::ScalarType full_type(const Tensor& t) {
   TORCH_CHECK(t.is_floating_point(), "expected floating point, got ", t.scalar_type());
   return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -92,7 +92,7 @@ inline void check_mask_pool_grad(const Tensor& grad, const Tensor& weights, cons
   check_same_device(grad, weights);
 }
 
-// a * b rounded on its own: fused with a subtraction it would round otherwise, and ceil below could go the other way.
+// a * b, never contracted into an FMA. An FMA rounds differently, which could change the result of ceil below.
 R2O_HD float product(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(a, b);
@@ -102,10 +102,10 @@ R2O_HD float product(float a, float b) {
 #endif
 }
 
-// RoIAlign (aligned, adaptive sampling) reads a window of a row of pixels, from `low` to `high` of its length, in `size`
-// bins. Adds to taps[0 … length) the weight of every pixel in bin `bin`; they sum to 1 where the window is inside the
-// map. The 2-D weight of a pixel is the product of its two taps: the operator is separable. The number of samples comes
-// from the same roundings as torchvision's.
+// 1-D RoIAlign (aligned, adaptive sampling). The window [low, high], in fractions of `length` pixels, has `size` bins.
+// Adds the weight of each pixel in bin `bin` to taps[0 … length). The weights sum to 1 if the window is inside the map.
+// RoIAlign is separable: the 2-D weight of a pixel is the product of its two taps. The sample count is rounded as in
+// torchvision.
 R2O_HD void roi_taps(float low, float high, int size, int bin, int length, float* taps) {
   const float start = product(low, length) - 0.5f, extent = (product(high, length) - 0.5f) - start, step = extent / size;
   const int samples = static_cast<int>(ceilf(extent / size));

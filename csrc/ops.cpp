@@ -1,5 +1,5 @@
-// The one place where the ops of r2o.py are declared. What each computes: its `_ref` in r2o.py. How: cpu/<op>.cpp and
-// cuda/<op>.cu, which register themselves for their device. Autograd and shape inference are in r2o.py.
+// Op schemas. The `_ref` in r2o_ops.py defines what an op computes; cpu/<op>.cpp and cuda/<op>.cu implement and register
+// it for their device. The autograd and fake registrations are in r2o_ops.py.
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 #include <torch/version.h>
@@ -15,7 +15,7 @@ TORCH_LIBRARY(r2o, m) {
 }
 
 PYBIND11_MODULE(r2o_C, m) {
-  m.doc() = "The compiled ops of r2o.py, as torch.ops.r2o.*; these attributes tell what they were built with.";
+  m.doc() = "The compiled ops of r2o_ops.py, registered as torch.ops.r2o.*. The attributes describe the build.";
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("max_points_cuda") = r2o::kMaxPoints;
 #ifdef R2O_WITH_CUDA

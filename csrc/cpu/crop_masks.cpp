@@ -1,7 +1,7 @@
-// crop_masks on the CPU. Equivalent to: crop_masks_ref in r2o.py, flip(roi_align(one_hot(m), boxes * w, size)).
+// crop_masks on the CPU. Equivalent to: crop_masks_ref in r2o_ops.py, flip(roi_align(one_hot(m), boxes * w, size)).
 //
-// No one-hot map: RoIAlign is separable, so each bin walks the window in which both taps are non-zero and adds their
-// product to the entry of each pixel's own cluster. One task per image.
+// RoIAlign is separable, so no one-hot map is built. Each bin visits the window where both taps are non-zero and adds
+// their product to the weight of the pixel's cluster. One task per image.
 // Floor: one read of the map, one write of the weights.
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
@@ -24,8 +24,8 @@ Tensor crop_masks_cpu(const Tensor& masks, const Tensor& boxes, const Tensor& fl
   Tensor weights = at::zeros({B, K, S, S}, boxes.options());
   auto* out = weights.mutable_data_ptr<float>();
   at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> taps_y(S * h), taps_x(S * w);  // of each bin
-    std::vector<int64_t> left(S), right(S);           // the columns in which a bin has any
+    std::vector<float> taps_y(S * h), taps_x(S * w);  // one row per bin
+    std::vector<int64_t> left(S), right(S);           // non-zero columns of each bin
     for (int64_t b = begin; b < end; ++b) {
       const auto* xyxy = box.const_data_ptr<float>() + b * 4;
       const bool mirrored = flip.const_data_ptr<bool>()[b];

@@ -1,12 +1,12 @@
-// kmeans on the CPU. Equivalent to: kmeans_ref in r2o.py.
+// kmeans on the CPU. Equivalent to: kmeans_ref in r2o_ops.py.
 //
-// At least as many problems as threads: one thread each. Fewer: one after another, and blocks of points (dot products) or
-// columns (sums) go to the threads; no result depends on how. Only the valid points are kept, side by side, about their
-// mean.
+// With at least as many problems as threads, each problem runs on one thread. With fewer, they run in sequence and the
+// threads split points (dot products) or columns (sums). Results do not depend on the split. Valid points are packed
+// contiguously, minus their mean.
 //   Seeding, per round: the scores of all candidates (trials), (n, D) x (D, trials), in one pass over the points.
-//   Lloyd, per iteration: the scores of the centres that moved, (n, D) x (D, <= K), and the points that changed cluster,
-//   taken from one sum, in float64, and added to another. The seeds' scores are known from seeding.
-// Floor: K (trials + iterations) n D multiply-adds at large K, K + iterations reads of the points at small.
+//   Lloyd, per iteration: the scores of the centers that moved, (n, D) x (D, <= K). Points that changed cluster move
+//   from one float64 sum to another. The seeds' scores are known from seeding.
+// Floor: K (trials + iterations) n D multiply-adds for large K, K + iterations reads of the points for small K.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -25,7 +25,7 @@
 namespace r2o {
 namespace {
 
-// Calls f(first, last) for blocks of at most kBlock of n points; `work` multiply-adds per point.
+// Calls f(begin, end) on blocks of at most kBlock of n points. `work`: multiply-adds per point.
 template <typename F>
 void for_blocks(int64_t n, int64_t work, const F& f) {
   at::parallel_for(0, (n + kBlock - 1) / kBlock, 1 + (1 << 18) / (kBlock * work + 1), [&](int64_t begin, int64_t end) {
@@ -33,21 +33,21 @@ void for_blocks(int64_t n, int64_t work, const F& f) {
   });
 }
 
-// Calls f(first, last) for stretches of D columns; `rows` rows are touched in each.
+// Calls f(begin, end) on ranges of D columns. `rows`: rows accessed per column.
 template <typename F>
 void for_columns(int64_t D, int64_t rows, const F& f) {
   at::parallel_for(0, D, std::max<int64_t>(64, (1 << 15) / (rows + 1)), f);
 }
 
-// One problem: n points and what is known about them. A score is x·mu - |mu|²/2, largest for the nearest centre.
+// State of one problem with n points. The score x·mu - |mu|²/2 is largest for the nearest center.
 template <typename T>
 struct Problem {
   int64_t n, D, K;
   Tensor x, centers;                   // (n, D), (K, D)
   std::vector<T> mean, sq;             // (D), (n): |x|²
   std::vector<T> score;                // (n, K)
-  std::vector<int64_t> label, before;  // (n): cluster now and in the iteration before, -1 at first
-  std::vector<double> sum;             // (K, D): of each cluster's points
+  std::vector<int64_t> label, before;  // (n): current and previous cluster, -1 initially
+  std::vector<double> sum;             // (K, D): per cluster
   std::vector<int64_t> size;           // (K)
 
   Problem(const T* points, const std::vector<int64_t>& kept, int64_t D, int64_t K, const at::TensorOptions& options)
@@ -68,7 +68,7 @@ struct Problem {
     });
   }
 
-  // Greedy k-means++ with `trials` candidates a round.
+  // Greedy k-means++ with `trials` candidates per round.
   void seed(const double* uniforms, int64_t trials) {
     const auto* point = x.template const_data_ptr<T>();
     auto* center = centers.template mutable_data_ptr<T>();
@@ -82,7 +82,7 @@ struct Problem {
     for (int64_t k = 0; k < K; ++k) {
       double sum = 0;
       for (int64_t i = 0; i < n; ++i) mass[i] = sum += k ? distance[i] : 1;
-      for (int64_t t = 0; t < trials; ++t) {  // the first point at which the running sum of weights passes u times their total
+      for (int64_t t = 0; t < trials; ++t) {  // the first point whose cumulative weight exceeds u times the total
         const double target = std::min(uniforms[k * trials + t] * sum, std::nextafter(sum, 0.0));
         pick[t] = sum > 0 ? std::min(std::upper_bound(mass.begin(), mass.end(), target) - mass.begin(), n - 1) : first;
         std::copy_n(point + pick[t] * D, D, row + t * D);
@@ -110,8 +110,8 @@ struct Problem {
     }
   }
 
-  // Gives each point to its nearest centre, the lowest id among equals; returns whether any changed cluster. `moved`: the
-  // centres whose scores are out of date.
+  // Assigns each point to its nearest center; ties go to the lowest id. Returns whether any point changed cluster.
+  // `moved`: centers whose scores are stale.
   bool assign(const std::vector<int64_t>& moved) {
     const int64_t m = moved.size();
     const Tensor copies = at::empty({m, D}, x.options());
@@ -134,7 +134,7 @@ struct Problem {
     return label != before;
   }
 
-  // Moves the centres of the clusters that gained or lost points to their means, and returns them. An emptied one stays.
+  // Updates the centers of clusters that gained or lost points; returns their ids. An emptied cluster keeps its center.
   std::vector<int64_t> update() {
     std::vector<int64_t> changed, moved;  // points, clusters
     std::vector<char> touched(K, false);
@@ -188,7 +188,7 @@ std::tuple<Tensor, Tensor> kmeans_cpu(const Tensor& points, const Tensor& valid,
         bool changed = problem.assign({});
         for (int64_t i = 0; i < max_iters && changed; ++i) changed = problem.assign(problem.update());
         auto* center = centers.mutable_data_ptr<scalar_t>() + g * K * D;
-        for (int64_t k = 0; k < K; ++k)  // spare clusters repeat centre 0
+        for (int64_t k = 0; k < K; ++k)  // spare clusters repeat center 0
           for (int64_t d = 0; d < D; ++d) center[k * D + d] = problem.centers.const_data_ptr<scalar_t>()[(k < n ? k : 0) * D + d] + problem.mean[d];
         for (int64_t i = 0; i < n; ++i) out[g * N + kept[i]] = problem.label[i];
       }

@@ -1,10 +1,10 @@
-// mask_pool and its backward on the CPU. Equivalent to: mask_pool_ref in r2o.py, and its gradient by the features.
+// mask_pool and its backward on the CPU. Equivalent to: mask_pool_ref in r2o_ops.py, and its gradient w.r.t. the features.
 //
 //   forward    h[p] = sum_n w[b_p, k_p, n] f[b_p, :, n] / sum_n w[b_p, k_p, n]       one task per row
 //   backward   df[b, :, n] = sum_{p: b_p = b} w[b, k_p, n] dh[p] / sum_n w[b, k_p, n]   one task per image, rows in order
 //
-// Channels are innermost in both; cells where the mask has no weight cost nothing.
-// Floor: one read of the features or rows, one write of the other.
+// Channels are innermost in both. Cells with zero mask weight are skipped.
+// Floor: one read of the features and one write of the rows; the reverse in backward.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
@@ -27,7 +27,7 @@ Tensor checked_pairs(const Tensor& pairs, int64_t B, int64_t K) {
   return checked;
 }
 
-// Calls add(n, share) for each cell n of one mask, with the cell's share of the mask.
+// Calls add(n, share) for each non-zero cell n of one mask; share = w[n] / sum(w).
 template <typename T, typename F>
 void for_each_cell(const T* w, int64_t cells, const F& add) {
   T total = 0;
@@ -81,7 +81,7 @@ Tensor mask_pool_backward_cpu(const Tensor& grad, const Tensor& weights, const T
           });
     });
   });
-  return df.permute({0, 3, 1, 2});  // (B, C, H, W), channels last in memory
+  return df.permute({0, 3, 1, 2});  // (B, C, H, W), channels_last
 }
 
 TORCH_LIBRARY_IMPL(r2o, CPU, m) {

@@ -1,7 +1,7 @@
-// region_pool on the CPU. Equivalent to: region_pool_ref in r2o.py.
+// region_pool on the CPU. Equivalent to: region_pool_ref in r2o_ops.py.
 //
-// One task per image, channels innermost: each feature cell is read once per region that touches it and added to that
-// region's row, with the number of the cell's pixels it covers as weight. Sums run in cell order, whatever the threads.
+// One task per image, channels innermost. Each feature cell is read once per region that touches it and added to that
+// region's row, weighted by the share of its pixels in the region. Sums run in cell order for any number of threads.
 // Floor: one read of the features and of the map, one write of the embeddings.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> region_pool_cpu(const Tensor& features, const Tensor&
     const auto* x_data = x.const_data_ptr<scalar_t>();
     auto *p_data = p.mutable_data_ptr<scalar_t>(), *area_data = area.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
-      std::vector<int64_t> pixels(R, 0);  // of the cell at hand, per region
+      std::vector<int64_t> pixels(R, 0);  // of the current cell, per region
       for (int64_t b = begin; b < end; ++b) {
         auto *sums = p_data + b * R * C, *areas = area_data + b * R;
         std::fill_n(sums, R * C, scalar_t(0));
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> region_pool_cpu(const Tensor& features, const Tensor&
           for (int64_t i = 0; i < sy * sx; ++i) ++pixels[corner[i / sx * w + i % sx]];
           for (int64_t i = 0; i < sy * sx; ++i) {
             const int64_t r = corner[i / sx * w + i % sx];
-            if (!pixels[r]) continue;  // done at an earlier pixel
+            if (!pixels[r]) continue;  // added at an earlier pixel
             const scalar_t share = static_cast<scalar_t>(pixels[r]) / (sy * sx);
             rows<scalar_t>.add(sums + r * C, x_data + (b * H * W + cell) * C, share, C);
             areas[r] += share;

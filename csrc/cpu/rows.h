@@ -1,6 +1,6 @@
-// What the CPU ops do with rows of channels: dot products and weighted sums, in the widest vectors that PyTorch finds the
-// processor to have (or that ATEN_CPU_CAPABILITY names). BLAS is slow where one side has few rows, and would start
-// threads of its own inside ours.
+// Dot products and weighted sums of rows of channels for the CPU ops. They use the widest vectors that PyTorch detects,
+// or that ATEN_CPU_CAPABILITY selects. BLAS is slow when one operand has few rows, and would start its own threads
+// inside ours.
 #pragma once
 #include <ATen/Version.h>
 
@@ -10,10 +10,10 @@
 
 namespace r2o {
 
-constexpr int64_t kBlock = 24;  // rows of a that share one pass over b: they stay in the second-level cache
+constexpr int64_t kBlock = 24;  // rows of a per pass over b; they stay in the L2 cache
 
-// One tile of a matrix of dot products, summed in registers. The order of a sum does not depend on the tile, so equal
-// rows give equal bits. Rows past the end stand for the first again and are not written.
+// One tile of a matrix of dot products, accumulated in registers. The summation order does not depend on the tile, so
+// equal rows give bitwise equal results. Rows past the end alias the first row and are not written.
 template <int kBytes, int kRows, int kCols, typename T>
 __attribute__((always_inline)) inline void dot_tile(const T* a, const T* b, int64_t rows, int64_t D, T* out, int64_t stride) {
   typedef T Vector __attribute__((vector_size(kBytes)));
@@ -42,7 +42,7 @@ __attribute__((always_inline)) inline void dot_tile(const T* a, const T* b, int6
 template <int kBytes, int kRows, int kCols, typename T>
 __attribute__((always_inline)) inline void dots_in(const T* a, const T* b, int64_t n, int64_t m, int64_t D, T* out) {
   const int64_t tiles = (m + kCols - 1) / kCols;
-  for (int64_t t = 0; t < tiles; ++t) {  // columns in equal shares: 5 are 3 + 2, not 4 + 1
+  for (int64_t t = 0; t < tiles; ++t) {  // split columns evenly: 5 = 3 + 2, not 4 + 1
     const int64_t c = t * m / tiles, cols = (t + 1) * m / tiles - c;
     for (int64_t r = 0; r < n; r += kRows) {
       const auto tile = [&](auto width) __attribute__((always_inline)) {
@@ -73,7 +73,7 @@ __attribute__((always_inline)) inline void add_in(T* out, const T* in, T weight,
   for (; i < n; ++i) out[i] += weight * in[i];
 }
 
-// The same code for each kind of processor, with tiles that its 32 or 16 registers hold.
+// Kernels for one instruction set, with tiles that fit in its 32 or 16 vector registers.
 template <typename T>
 struct Rows {
   // out[i, j] = a_i · b_j. a: (n, D), b: (m, D), out: (n, m), all contiguous.

@@ -1,8 +1,8 @@
-// crop_masks on the GPU. Equivalent to: crop_masks_ref in r2o.py, flip(roi_align(one_hot(m), boxes * w, size)).
+// crop_masks on the GPU. Equivalent to: crop_masks_ref in r2o_ops.py, flip(roi_align(one_hot(m), boxes * w, size)).
 //
-// A block per image. Each bin's taps along y and x, a row of each per bin, go to shared memory once; then a thread per
-// bin walks the window where both taps are non-zero and adds their product to the entry of the pixel's own cluster. Every
-// bin has its own column of the output, so nothing is shared and the order is fixed. Ids out of range are left out.
+// One block per image. The taps along y and x, one row of each per bin, are computed once into shared memory. One thread
+// per bin then visits the window where both taps are non-zero and adds their product to the weight of the pixel's
+// cluster. Each thread writes only its own bins, so the summation order is fixed. Out-of-range ids are ignored.
 // Floor: one read of the map, one write of the weights.
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>

@@ -1,16 +1,16 @@
-// kmeans on the GPU. Equivalent to: kmeans_ref in r2o.py.
+// kmeans on the GPU. Equivalent to: kmeans_ref in r2o_ops.py.
 //
-// All that K-means ever asks of its points is their dot products: for the mean mu of a cluster's members x_j, the score
-// x·mu is the mean of x·x_j. So one matrix product makes them all (gram, N x N), and the rest only adds them up:
-//   centre    a block per group and 32 columns: x about the mean of the valid points, 0 where not valid
+// K-means needs only the dot products of its points: for the mean mu of a cluster's members x_j, x·mu is the mean of
+// x·x_j. One matrix product computes all of them (gram, N x N). Distances and scores are then sums of its entries:
+//   centre    one block per group and 32 columns: x minus the mean of the valid points, 0 for invalid points
 //   (bmm)     gram = x xᵀ
-//   seed      a block per group, all K rounds: draws T candidates, reads their T rows of gram, keeps the best
+//   seed      one block per group, all K rounds: draws T candidates, reads their T rows of gram, keeps the best
 //   then, per iteration
-//   assign    a block per point: its row of gram, summed over the members of every cluster; the nearest centre
-//   means     a block per cluster that gained or lost a point: lists its members, in order, and takes their mean
-// To begin with, each cluster's only member is its seed. Once no point changes cluster the blocks return at once.
-// The host only launches, always the same kernels, and reads nothing back. All sums have a fixed order.
-// Floor: 2 N² D operations for gram, then N² floats an iteration, from L2 while they fit (N = 3200: 41 MB).
+//   assign    one block per point: sums its row of gram over each cluster's members and picks the nearest center
+//   means     one block per cluster that gained or lost a point: lists its members in order and averages them
+// Initially, each cluster's only member is its seed. Once no point changes cluster, all blocks return immediately.
+// The host launches a fixed sequence of kernels and reads nothing back. All sums have a fixed order.
+// Floor: 2 N² D operations for gram, then N² floats per iteration, from L2 if they fit (N = 3200: 41 MB).
 #include <ATen/Dispatch.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
@@ -26,9 +26,9 @@
 namespace r2o {
 namespace {
 
-constexpr int kSeedThreads = 1024, kMaxTrials = 32, kAtOnce = 4;  // candidates a round may have, and those measured together
+constexpr int kSeedThreads = 1024, kMaxTrials = 32, kAtOnce = 4;  // maximum candidates per round; candidates per pass
 
-// One K-means problem per group g of G; N points and K clusters each, of which min(K, valid points) are used.
+// One K-means problem per group g of G. Each has N points and K clusters, of which min(K, valid points) are used.
 template <typename T>
 struct Problem {
   int N, D, K;
@@ -36,9 +36,9 @@ struct Problem {
   T *x, *mean;           // (G, N, D), (G, D)
   const T* gram;         // (G, N, N)
   T *centers, *half;     // (G, K, D), (G, K): |mu|²/2
-  int *members, *size;   // (G, K, N), (G, K): the points whose mean each centre is
+  int *members, *size;   // (G, K, N), (G, K): points averaged into each center
   int* used;             // (G): clusters in use
-  int64_t* label;        // (G, N): -1 where not valid
+  int64_t* label;        // (G, N): -1 if invalid
 };
 
 template <typename V>
@@ -47,19 +47,19 @@ __device__ V warp_sum(V v) {
   return __shfl_sync(kAllLanes, v, 0);
 }
 
-// Sum over a block of at most 1024 threads, to all of them.
+// Sum over a block of at most 1024 threads, returned to all.
 template <typename V>
 __device__ V block_sum(V v) {
   __shared__ V part[kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   v = warp_sum(v);
-  __syncthreads();  // part may still be read by the call before
+  __syncthreads();  // the previous call may still read part
   if (lane == 0) part[warp] = v;
   __syncthreads();
   return warp_sum(lane < static_cast<int>(blockDim.x) / kWarp ? part[lane] : V(0));
 }
 
-// Columns 32 at a time: 32 threads side by side in a column's direction, 8 stretches of points.
+// Each block handles 32 columns, one per lane. Its 8 warps stride over the points.
 template <typename T>
 __global__ void centre(const T* points, Problem<T> p) {
   __shared__ T sums[kThreads];
@@ -86,12 +86,12 @@ __global__ void centre(const T* points, Problem<T> p) {
   if (blockIdx.x == 0 && threadIdx.x == 0) p.used[g] = min(p.K, count);
 }
 
-// Greedy k-means++. A point weighs its distance from the seeds so far, 1 before the first, 0 where not valid. squares and
-// distances: (G, N), room for |x|² and the distances.
+// Greedy k-means++. A point's weight is its squared distance to the nearest seed, 1 before the first seed, 0 if invalid.
+// squares, distances: (G, N), scratch for |x|² and distances.
 template <typename T>
 __global__ void __launch_bounds__(kSeedThreads) seed(const double* uniforms, Problem<T> p, T* squares, T* distances, int trials) {
-  __shared__ double part[kWarp];  // the weight of each warp's points
-  __shared__ double part_left[kMaxTrials][kWarp], left[kMaxTrials];  // the distance each candidate would leave
+  __shared__ double part[kWarp];  // total weight per warp
+  __shared__ double part_left[kMaxTrials][kWarp], left[kMaxTrials];  // total distance given each candidate
   __shared__ int picks[kMaxTrials];
   const int64_t g = blockIdx.x, n = p.N;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, stretch = (n + kSeedThreads - 1) / kSeedThreads;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kSeedThreads) seed(const double* uniforms, Pro
   const bool* valid = p.valid + g * n;
   T *square = squares + g * n, *distance = distances + g * n;
   const auto weight = [&](int64_t i, int k) { return valid[i] ? (k ? static_cast<double>(distance[i]) : 1.0) : 0.0; };
-  const auto closest = [&](int64_t i, int64_t pick) {  // distance of point i from the seeds, were pick one of them
+  const auto closest = [&](int64_t i, int64_t pick) {  // distance from point i to the nearest of the seeds and pick
     return fmin(distance[i], fmax(square[i] - 2 * (gram[pick * n + i] - square[pick] / 2), static_cast<T>(0)));
   };
   for (int64_t i = begin; i < end; ++i) square[i] = gram[i * n + i], distance[i] = std::numeric_limits<T>::infinity();
@@ -108,20 +108,20 @@ __global__ void __launch_bounds__(kSeedThreads) seed(const double* uniforms, Pro
   for (int k = 0; k < p.used[g]; ++k) {
     double sum = 0;
     for (int64_t i = begin; i < end; ++i) sum += weight(i, k);
-    double running = sum;  // over the lanes so far
+    double running = sum;  // inclusive scan over lanes
     for (int offset = 1; offset < kWarp; offset *= 2) {
       const double other = __shfl_up_sync(kAllLanes, running, offset);
       if (lane >= offset) running += other;
     }
     if (lane == kWarp - 1) part[warp] = running;
-    if (threadIdx.x < trials) picks[threadIdx.x] = first;  // stays where no other point is left
+    if (threadIdx.x < trials) picks[threadIdx.x] = first;  // kept if the total weight is 0
     __syncthreads();
     double total = 0, before = 0;
     for (int w = 0; w < kSeedThreads / kWarp; ++w) {
       if (w == warp) before = total;
       total += part[w];
     }
-    for (int t = 0; t < trials; ++t) {  // the first point at which the running sum passes u times the total
+    for (int t = 0; t < trials; ++t) {  // the first point whose cumulative weight exceeds u * total
       const double target = fmin(uniforms[(g * p.K + k) * trials + t] * total, nextafter(total, 0.0));
       if (target < before || target >= before + part[warp]) continue;  // in another warp
       const unsigned some = __ballot_sync(kAllLanes, sum > 0), past = __ballot_sync(kAllLanes, sum > 0 && before + running > target);
@@ -163,12 +163,12 @@ __global__ void __launch_bounds__(kSeedThreads) seed(const double* uniforms, Pro
       p.size[cluster] = 1;
       p.half[cluster] = square[pick] / 2;
     }
-    __syncthreads();  // picks and distances are settled
+    __syncthreads();  // before the next round uses them
   }
 }
 
-// Gives one point to its nearest centre, the lowest id among equals. A warp per cluster, in turns. changed: (G, K + 1),
-// which clusters gained or lost a point, and last whether any did; before: the same of the iteration before, or null.
+// Assigns one point to its nearest center; ties go to the lowest id. Warps stride over clusters. changed: (G, K + 1),
+// whether each cluster gained or lost a point, then whether any did. before: changed of the previous iteration, or null.
 template <typename T>
 __global__ void assign(Problem<T> p, const bool* before, bool* changed) {
   extern __shared__ __align__(16) char shared[];
@@ -188,7 +188,7 @@ __global__ void assign(Problem<T> p, const bool* before, bool* changed) {
     T sum = 0;
     if (size) {
       for (int j = lane; j < size; j += kWarp) sum += row[p.members[cluster * p.N + j]];
-    } else {  // emptied: its centre stays, and is the mean of no present members
+    } else {  // an emptied cluster keeps its center and has no members
       for (int d = lane; d < p.D; d += kWarp) sum += p.x[point * p.D + d] * p.centers[cluster * p.D + d];
     }
     const T score = warp_sum(sum) / max(size, 1) - p.half[cluster];
@@ -207,7 +207,7 @@ __global__ void assign(Problem<T> p, const bool* before, bool* changed) {
   if (old >= 0) changed[old] = true;
 }
 
-// The members of one cluster, in order, and their mean. An emptied cluster keeps its centre.
+// Lists and averages the members of one cluster, in order. An emptied cluster keeps its center.
 template <typename T>
 __global__ void means(Problem<T> p, const bool* changed) {
   const int64_t cluster = blockIdx.x, g = cluster / p.K, k = cluster % p.K;
@@ -232,7 +232,7 @@ __global__ void means(Problem<T> p, const bool* changed) {
   if (threadIdx.x == 0) p.half[cluster] = square / 2;
 }
 
-// Back from the mean. Spare clusters repeat centre 0; without a valid point all centres are 0.
+// Adds the mean back. Spare clusters repeat center 0; without valid points all centers are 0.
 template <typename T>
 __global__ void finish(Problem<T> p, T* out) {
   const int64_t g = blockIdx.x / p.K;

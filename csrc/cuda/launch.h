@@ -1,4 +1,4 @@
-// What every .cu launches with.
+// Helpers shared by the kernels.
 #pragma once
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -9,16 +9,16 @@ namespace r2o {
 constexpr int kWarp = 32, kThreads = 256;
 constexpr unsigned kAllLanes = 0xffffffff;
 
-// Lets a kernel have this much dynamic shared memory, which it must ask for above 48 KB.
+// Allows a kernel `bytes` of dynamic shared memory. Above 48 KB, CUDA requires an opt-in.
 inline void allow_shared(const void* kernel, size_t bytes) {
   if (bytes <= 48 << 10) return;
   const auto status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (status != cudaSuccess) cudaGetLastError();  // or the next launch would report it
+  if (status != cudaSuccess) cudaGetLastError();  // clears it for the next launch check
   TORCH_CHECK(status == cudaSuccess, "this input needs ", bytes >> 10, " KB of shared memory, more than this GPU has: use smaller maps");
 }
 
-// Appends i to list[0 … size) for each thread whose `mine` holds, in the order of the threads; returns the new size. All
-// kThreads threads of a block call it together.
+// Appends i to list[0 … size) for each thread with `mine` set, in thread order. Returns the new size. All kThreads
+// threads of the block must call it.
 __device__ inline int append(int* list, int size, bool mine, int i) {
   __shared__ int found[kThreads / kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

@@ -1,11 +1,11 @@
-// mask_pool and its backward on the GPU. Equivalent to: mask_pool_ref in r2o.py, and its gradient by the features.
+// mask_pool and its backward on the GPU. Equivalent to: mask_pool_ref in r2o_ops.py, and its gradient w.r.t. the features.
 //
-//   forward    h[p] = sum_n w[b_p, k_p, n] f[b_p, :, n] / sum_n w[b_p, k_p, n]            a block per row
-//   backward   df[b, :, n] = sum_{p: b_p = b} w[b, k_p, n] dh[p] / sum_n w[b, k_p, n]     a block per (image, cell)
+//   forward    h[p] = sum_n w[b_p, k_p, n] f[b_p, :, n] / sum_n w[b_p, k_p, n]            one block per row
+//   backward   df[b, :, n] = sum_{p: b_p = b} w[b, k_p, n] dh[p] / sum_n w[b, k_p, n]     one block per (image, cell)
 //
-// Threads run over channels, which are innermost, 8 each; every output is written by one thread, in a fixed order, without
-// atomics. For backward, a block per image first lists its rows. Pairs out of range give zero rows and no gradient.
-// Floor: one read of the features or rows, one write of the other; cells where a mask has no weight are not read.
+// Each thread handles 8 channels, which are innermost, at a time. One thread sums each output in a fixed order, without
+// atomics. In backward, one block per image first lists its rows. Out-of-range pairs give zero rows and no gradient.
+// Floor: one read of the features and one write of the rows; the reverse in backward. Zero-weight cells are skipped.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -39,7 +39,7 @@ __global__ void pool(const In* features, const T* weights, const int64_t* pairs,
   }
 }
 
-// rows: (B, P), the pairs of each image in order; count: (B); totals: (P), the weight of each pair's mask.
+// rows: (B, P), each image's pairs in order; count: (B); totals: (P), total weight of each pair's mask.
 template <typename T>
 __global__ void list_rows(const T* weights, const int64_t* pairs, int* rows, int* count, T* totals, int P, int64_t K, int cells) {
   const int64_t b = blockIdx.x;
@@ -87,7 +87,7 @@ Tensor mask_pool_cuda(const Tensor& features, const Tensor& weights, const Tenso
   const int64_t B = features.size(0), C = features.size(1), cells = features.size(2) * features.size(3), K = weights.size(1), P = pairs.size(0);
   Tensor h = at::empty({P, C}, weights.options());
   if (h.numel() == 0) return h;
-  const Tensor x = features.permute({0, 2, 3, 1}).contiguous();  // (B, H, W, C): as it is where channels are last
+  const Tensor x = features.permute({0, 2, 3, 1}).contiguous();  // (B, H, W, C), no copy if channels_last
   const Tensor w = weights.contiguous(), rows = pairs.to(at::kLong).contiguous();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, features.scalar_type(), "mask_pool", [&] {
     using T = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
@@ -120,7 +120,7 @@ Tensor mask_pool_backward_cuda(const Tensor& grad, const Tensor& weights, const 
     });
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  return df.permute({0, 3, 1, 2});  // (B, C, H, W), channels last in memory
+  return df.permute({0, 3, 1, 2});  // (B, C, H, W), channels_last
 }
 
 TORCH_LIBRARY_IMPL(r2o, CUDA, m) {

@@ -1,11 +1,11 @@
-// region_pool on the GPU. Equivalent to: region_pool_ref in r2o.py.
+// region_pool on the GPU. Equivalent to: region_pool_ref in r2o_ops.py.
 //
-// A block per image and 4 regions:
-//   1. counts, in shared memory, how many pixels of each feature cell belong to each of its regions (integers, so that
-//      the order of the atomics does not matter), and lists the cells each region touches, in order;
-//   2. a warp per region and 256 channels, 8 to a lane: the mean over the listed cells.
-// Features are read with channels innermost. Ids out of range are left out.
-// Floor: one read of the features and of the map, one write of the embeddings; a cell is read once per region it meets.
+// One block per image and 4 regions:
+//   1. counts the pixels of each region in each feature cell in shared memory (integers, so the order of the atomics
+//      does not matter) and lists the cells that each region touches, in order;
+//   2. averages the listed cells, with one warp per region and 256 channels, 8 per lane.
+// Features are read with channels innermost. Out-of-range ids are ignored.
+// Floor: one read of the features and map, one write of the embeddings. A cell is read once per region that touches it.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -18,13 +18,13 @@ namespace {
 
 constexpr int kRegions = 4, kLaneChannels = 8;
 
-// features: (B, H, W, C); ids: (B, h, w); p: (B, R, C); area: (B, R). Shared: 2 kRegions (H W) ints.
+// features: (B, H, W, C); ids: (B, h, w); p: (B, R, C); area: (B, R). Shared memory: 2 kRegions H W ints.
 template <typename In, typename Id, typename T>
 __global__ void pool(const In* features, const Id* ids, T* p, T* area, int R, int C, int H, int W, int h, int w) {
   extern __shared__ int shared[];
   __shared__ int touched[kRegions];
   const int cells = H * W, tall = h / H, wide = w / W, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  int *pixels = shared, *list = shared + kRegions * cells;  // (kRegions, cells) both
+  int *pixels = shared, *list = shared + kRegions * cells;  // both (kRegions, cells)
   const int64_t b = blockIdx.y;
   const int first = blockIdx.x * kRegions, regions = min(kRegions, R - first);
   for (int i = threadIdx.x; i < kRegions * cells; i += kThreads) pixels[i] = 0;
@@ -34,7 +34,7 @@ __global__ void pool(const In* features, const Id* ids, T* p, T* area, int R, in
     if (r >= 0 && r < regions) atomicAdd(&pixels[r * cells + i / w / tall * W + i % w / wide], 1);
   }
   __syncthreads();
-  if (warp < regions) {  // a warp per region lists its cells
+  if (warp < regions) {  // one warp per region lists its cells
     int found = 0, total = 0;
     for (int start = 0; start < cells; start += kWarp) {
       const int cell = start + lane, count = cell < cells ? pixels[warp * cells + cell] : 0;
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor> region_pool_cuda(const Tensor& features, const Tensor
   const auto options = features.options().dtype(full_type(features));
   Tensor p = at::empty({B, R, C}, options), area = at::empty({B, R}, options);
   if (B == 0) return {p, area};
-  const Tensor x = features.permute({0, 2, 3, 1}).contiguous();  // (B, H, W, C): as it is where channels are last
+  const Tensor x = features.permute({0, 2, 3, 1}).contiguous();  // (B, H, W, C), no copy if channels_last
   const Tensor ids = (regions.scalar_type() == at::kByte ? regions : regions.to(at::kLong)).contiguous();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, features.scalar_type(), "region_pool", [&] {
     using T = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
