@@ -4,18 +4,18 @@ dependencies = ["torch", "torchvision", "numpy", "PIL"]
 
 
 def encoder(ckpt: str, arch: str | None = None):
-    """A torchvision ResNet in eval mode with r2o.pth's weights, whose fc passes features on: (B, 3, h, w) -> (B, C).
+    """A torchvision ResNet in eval mode with r2o.pth's weights, whose fc is the identity: (B, 3, h, w) -> (B, C).
 
-    ckpt: r2o.pth, or anything else that r2o.load_encoder takes. arch: which ResNet, where the file does not say.
+    ckpt: r2o.pth, or any file that runtime.weights.read_weights reads. arch: which ResNet it holds (default: it tells).
     """
     import torch
     from torchvision.models import get_model
 
-    import r2o
+    from runtime.cli import need
+    from runtime.weights import load_encoder
 
-    net, _ = r2o.load_encoder(ckpt, arch)
-    if net.arch == "tiny":
-        raise r2o.UsageError(f"{ckpt} holds the encoder tiny, which torchvision has not: use r2o.load_encoder")
+    net, _ = load_encoder(ckpt, arch)
+    need(net.arch != "tiny", f"{ckpt} holds the encoder tiny, which torchvision lacks: use load_encoder")
     whole = get_model(net.arch, weights=None)
     whole.fc = torch.nn.Identity()
     whole.load_state_dict(net.state_dict())

@@ -1,10 +1,5 @@
 """The four ops of csrc/, each beside the plain PyTorch code that defines it; r2o.py re-exports them.
 
-    region_pool   mean feature of every region                     Sec. 3.1, p_i
-    kmeans        Lloyd's K-means from greedy k-means++ seeds      Eq. (3)
-    crop_masks    the masks as one view sees them                  Sec. 3.2, m1 and m2
-    mask_pool     mean feature inside each mask                    Sec. 3.2, h
-
 `<op>_ref` is the definition, and runs where nothing was compiled. The C++ and CUDA versions must agree with it. `<op>`
 checks its input and calls whichever is there; `extension()` says which. All compute in float32 (float64 for float64
 input), also for half-precision input and inside autocast. Letters as in r2o.py.
@@ -71,9 +66,7 @@ def _check_ids(name: str, ids: Tensor, count: int):
         _check(0 <= low and high < count, f"{name} must lie in [0, {count}), got {low} to {high}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# region_pool
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- region_pool -----------------------------------------------------------------------------------------------------
 
 
 def region_pool_ref(features: Tensor, regions: Tensor, num_regions: int) -> tuple[Tensor, Tensor]:
@@ -109,9 +102,7 @@ def region_pool(features: Tensor, regions: Tensor, num_regions: int) -> tuple[Te
         return _run(region_pool_ref, features, regions, num_regions)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# kmeans
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- kmeans ----------------------------------------------------------------------------------------------------------
 
 
 def cluster_scores(points: Tensor, centers: Tensor) -> Tensor:
@@ -170,20 +161,15 @@ def kmeans_ref(points: Tensor, valid: Tensor, uniforms: Tensor, max_iters: int) 
 
 
 def kmeans(
-    points: Tensor,
-    num_clusters: int,
-    valid: Tensor | None = None,
-    max_iters: int = 20,
-    generator: torch.Generator | None = None,
+    points: Tensor, num_clusters: int, valid: Tensor | None = None, max_iters: int = 20, generator=None
 ) -> tuple[Tensor, Tensor]:
     """Lloyd's K-means from greedy k-means++ seeds, one problem per group. Eq. (3).
 
     points: (G, N, D) floating point. valid: (G, N) bool, the points that count (default: all; rows that are not finite
-    never count). Stops when no point changes cluster, at the latest after max_iters iterations.
+    never count). Stops when no point changes cluster, at the latest after max_iters. generator: torch.Generator.
     Returns centers (G, K, D), float32 or float64, and assignment (G, N), the id of the nearest centre, -1 if not valid.
     An emptied cluster keeps its centre. A group of fewer than K valid points gets that many clusters; its spare centres
-    repeat centre 0 and own nothing. Nothing is NaN while squared distances stay finite. Raises ValueError for input
-    that does not fit.
+    repeat centre 0 and own nothing. Nothing is NaN while squared distances are finite. Raises ValueError.
     """
     _expect("points", points, "float", None, None, None)
     _check(points.shape[2] >= 1, "points must have at least one dimension")
@@ -207,9 +193,7 @@ def kmeans_seeded(points: Tensor, valid: Tensor, uniforms: Tensor, max_iters: in
     return _run(kmeans_ref, points, valid, uniforms, max_iters)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# crop_masks
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- crop_masks ------------------------------------------------------------------------------------------------------
 
 
 def crop_masks_ref(masks: Tensor, boxes: Tensor, flips: Tensor, num_clusters: int, size: int) -> Tensor:
@@ -238,9 +222,7 @@ def crop_masks(masks: Tensor, boxes: Tensor, flips: Tensor, num_clusters: int, s
     return _run(crop_masks_ref, masks, boxes.float(), flips, num_clusters, size)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# mask_pool
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- mask_pool -------------------------------------------------------------------------------------------------------
 
 
 def mask_pool_ref(features: Tensor, weights: Tensor, pairs: Tensor) -> Tensor:
@@ -267,9 +249,7 @@ def mask_pool(features: Tensor, weights: Tensor, pairs: Tensor) -> Tensor:
     return _run(mask_pool_ref, features, weights.to(upcast(features[:0]).dtype), pairs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What PyTorch needs to know about the compiled ops: output shapes (for torch.compile) and mask_pool's gradient
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What PyTorch needs to know about the compiled ops: output shapes (for torch.compile) and mask_pool's gradient ---
 
 if r2o_C is not None:
 

@@ -21,16 +21,11 @@ from setuptools import setup
 def find_toolkit() -> Path | None:
     """Returns the first complete toolkit folder. nvcc on PATH comes last: it may be a wrapper outside the toolkit."""
     nvcc = shutil.which("nvcc")
-    places = [
-        os.environ.get("CUDA_HOME"),
-        os.environ.get("CUDA_PATH"),
-        "/usr/local/cuda",
-        nvcc and Path(nvcc).resolve().parent.parent,
-    ]
-    return next(
-        (Path(p) for p in places if p and Path(p, "bin/nvcc").exists() and Path(p, "include/cuda_runtime.h").exists()),
-        None,
-    )
+    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    for place in [*places, nvcc and Path(nvcc).resolve().parent.parent]:
+        if place and Path(place, "bin/nvcc").exists() and Path(place, "include/cuda_runtime.h").exists():
+            return Path(place)
+    return None
 
 
 def cuda_problem(toolkit: Path | None) -> str:
@@ -39,10 +34,8 @@ def cuda_problem(toolkit: Path | None) -> str:
         return "this PyTorch was built without CUDA"
     if toolkit is None:
         return "no CUDA toolkit found (nvcc and its headers; set CUDA_HOME)"
-    release = re.search(
-        r"release (\d+)",
-        subprocess.run([toolkit / "bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout,
-    )[1]
+    said = subprocess.run([toolkit / "bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)", said)[1]
     if release != torch.version.cuda.split(".")[0]:
         return f"the toolkit in {toolkit} is CUDA {release}, PyTorch's is {torch.version.cuda}"
     return ""
@@ -71,11 +64,6 @@ if not problem:
     flags["cxx"].append("-DR2O_WITH_CUDA")
     flags["nvcc"] = ["-O3"]
 
-setup(
-    ext_modules=[
-        (CppExtension if problem else CUDAExtension)(
-            "r2o_C", sources, extra_compile_args=flags, extra_link_args=sanitizers
-        )
-    ],
-    cmdclass={"build_ext": BuildExtension},
-)
+extension = CppExtension if problem else CUDAExtension
+module = extension("r2o_C", sources, extra_compile_args=flags, extra_link_args=sanitizers)
+setup(ext_modules=[module], cmdclass={"build_ext": BuildExtension})

@@ -39,9 +39,12 @@ from torchvision.ops import roi_align
 from torchvision.transforms import v2 as transforms
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import files
 import r2o
 import r2o_ops
+from runtime.cli import UsageError
+from runtime.images import ImageList, list_images, read_image
+from runtime.loader import ImageRegions
+from runtime.regions import region_maps
 
 GROUP, ITERS, LLOYD = 32, 20, 5  # images in a K-means; Lloyd iterations in training; those timed on their own
 CLUSTERS = (128, 64, 16, 4)
@@ -216,9 +219,9 @@ def pictures(folder: str | None, count: int) -> list[Image.Image]:
         low = torch.rand(count, 3, 9, 9, generator=torch.Generator().manual_seed(0))
         smooth = F.interpolate(low, size=224, mode="bicubic").clamp(0, 1)
         return [Image.fromarray((x.permute(1, 2, 0) * 255).byte().numpy()) for x in smooth]
-    found = files.list_images(folder)
+    found = list_images(folder)
     if len(found) < count:
-        raise r2o.UsageError(f"{folder} holds {len(found)} images: at least {count} are needed")
+        raise UsageError(f"{folder} holds {len(found)} images: at least {count} are needed")
     paths = [found.path(i) for i in range(count)]
     return [Image.open(f).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC) for f in paths]
 
@@ -517,10 +520,7 @@ def mask_step(bench: Bench, data, theirs):
             @torch.no_grad()
             def run():
                 m = model.predict_masks(identity, data.c4, data.regions, K, u)
-                m1, m2 = (r2o.crop_masks(m, data.boxes[:, v], data.flips[:, v], K, size) for v in (0, 1))
-                pairs = ((m1.sum((2, 3)) > 1e-3) & (m2.sum((2, 3)) > 1e-3)).nonzero()
-                rows = torch.cat([pairs, pairs + pairs.new_tensor([B, 0])])
-                return r2o.mask_pool(data.c5, torch.cat([m1, m2]), rows)
+                return r2o.pool_pairs(data.c5, *r2o.masks_in_views(m, data.boxes, data.flips, K, size))
 
             return run
 
@@ -603,7 +603,7 @@ def authors_samples(folder: Path, images: list[str]):
     return dataset
 
 
-def photographs(folder: str | None, where: str) -> files.ImageList:
+def photographs(folder: str | None, where: str) -> ImageList:
     """At most 256 images of `folder`, or smooth random ones of 500 x 375."""
     if folder is None:
         for i in range(64):
@@ -611,8 +611,8 @@ def photographs(folder: str | None, where: str) -> files.ImageList:
             x = F.interpolate(low, size=(375, 500), mode="bicubic").clamp(0, 1)[0]
             Image.fromarray((x.permute(1, 2, 0) * 255).byte().numpy()).save(f"{where}/{i:03}.jpg", quality=95)
         folder = where
-    found = files.list_images(folder)
-    return files.ImageList(found.root, ((found[i], 0) for i in range(min(256, len(found)))))
+    found = list_images(folder)
+    return ImageList(found.root, ((found[i], 0) for i in range(min(256, len(found)))))
 
 
 def loading(bench: Bench, folder: str | None, authors: Path | None):
@@ -620,8 +620,8 @@ def loading(bench: Bench, folder: str | None, authors: Path | None):
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as where:
         images = photographs(folder, where)
-        maps, header = files.region_maps(images, f"{where}/maps.npy", "grid")
-        data = r2o.ImageRegions(images, maps, header)
+        maps, header = region_maps(images, f"{where}/maps.npy", "grid")
+        data = ImageRegions(images, maps, header)
         n, paths = len(data), [images.path(i) for i in range(len(images))]
         print(f"{n} images, {np.mean([Path(p).stat().st_size for p in paths]) / 1e3:.0f} kB each on average")
         keys = [(0, i) for i in range(n)]
@@ -634,7 +634,7 @@ def loading(bench: Bench, folder: str | None, authors: Path | None):
             return lambda: [dataset[key] for key in keys[:GROUP]] and None
 
         contestants = {name: samples(*d) for name, d in sets.items()}
-        contestants["decoding alone"] = lambda: [r2o.read_image(p) for p in paths[:GROUP]] and None
+        contestants["decoding alone"] = lambda: [read_image(p) for p in paths[:GROUP]] and None
         bench.race(f"{GROUP} samples in one thread", contestants)
 
         def stream(dataset, keys):
@@ -674,7 +674,7 @@ def listing(bench: Bench):
             for i in range(1281):
                 open(f"{where}/n{c:08}/n{c:08}_{i * 37 % 50000}.JPEG", "wb").close()
         kept = []
-        contestants = {"r2o": lambda: kept.append(files.list_images(where))}
+        contestants = {"r2o": lambda: kept.append(list_images(where))}
         contestants["torchvision ImageFolder"] = lambda: kept.append(datasets.ImageFolder(where))
         bench.race("listing 1,281,000 files", contestants, timer=lambda f, device: kept.clear() or once(f, device))
 
@@ -754,7 +754,7 @@ def main():
         p.error(f"--only {args.only!r}: pass some of {' '.join(PARTS)}")
     try:
         images = pictures(args.images, GROUP)
-    except r2o.UsageError as e:
+    except UsageError as e:
         p.error(str(e))
     bench = Bench(device, args.seconds)
     theirs = authors_code(args.authors, device) if args.authors else None

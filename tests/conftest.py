@@ -113,8 +113,8 @@ def refused_by(program):
             with pytest.raises(SystemExit) as stop:
                 program.main([str(flag) for flag in flags])
             lines = capsys.readouterr().err.strip().splitlines()
-            name = f"{program.__name__.rpartition('.')[2]}.py: error: "
-            assert stop.value.code == 2 and lines[-1].startswith(name) and "Traceback" not in lines[-1]
+            name = program.__name__ if "." in program.__name__ else f"{program.__name__}.py"
+            assert stop.value.code == 2 and lines[-1].startswith(f"{name}: error: ") and "Traceback" not in lines[-1]
             return lines[-1]
 
         return call

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import files
 import train
+from runtime import regions as cache
 
 count, seed, out, flags = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]
 chance = random.Random(seed)
@@ -30,7 +30,7 @@ def start() -> int:
         time.sleep(0.02),
         fsync(fd),
     )  # a slow disk: more of the time is spent in the midst of writing
-    files.SAVE_SECONDS = 0
+    cache.SAVE_SECONDS = 0
     status = 1
     try:
         train.main([*flags, "--out", str(out)])

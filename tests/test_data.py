@@ -10,8 +10,10 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
-import files
 import r2o
+from runtime.images import list_images, read_image
+from runtime.loader import ImageRegions
+from runtime.regions import region_maps
 
 fuzz = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -102,16 +104,16 @@ def test_factors_are_drawn_as_often_and_as_far_as_a1_says():
 
 @pytest.fixture(scope="module")
 def data(photos, tmp_path_factory):
-    images = files.list_images(photos)
-    maps, header = files.region_maps(images, tmp_path_factory.mktemp("maps") / "regions.npy", size=16, num_segments=20)
-    return r2o.ImageRegions(images, maps, header, size=64)
+    images = list_images(photos)
+    maps, header = region_maps(images, tmp_path_factory.mktemp("maps") / "regions.npy", size=16, num_segments=20)
+    return ImageRegions(images, maps, header, size=64)
 
 
 def test_a_sample_is_what_its_boxes_and_flips_say(data):
     """Cropping the image by the box gives the view, mirrored later, on the device."""
     for i in range(8):
         sample = data[0, i]
-        image = r2o.read_image(data.images.path(i))
+        image = read_image(data.images.path(i))
         h, w = image.shape[1:]
         for v in range(2):
             left, top, right, bottom = (sample["boxes"][v] * torch.tensor([w, h, w, h])).round().int().tolist()
@@ -189,7 +191,7 @@ def test_randomness_follows_from_seed_epoch_and_index_alone(data):
 def test_every_kind_of_image_is_read_as_rgb(tmp_path, name, convert):
     im = picture(0)
     convert(im, tmp_path / name)
-    image = r2o.read_image(tmp_path / name)
+    image = read_image(tmp_path / name)
     want = torch.from_numpy(np.array(im.convert("L" if name[0] in "gd" and "if" not in name else "RGB")).copy()).float()
     assert image.shape == (3, 64, 80) and image.dtype == torch.uint8
     assert (image.float().mean() - want.mean()).abs() < 2
@@ -199,15 +201,15 @@ def test_photographs_stand_upright(tmp_path):
     im, exif = picture(0), Image.Exif()
     exif[0x0112] = 6  # the camera was turned
     im.save(tmp_path / "turned.jpg", exif=exif)
-    assert r2o.read_image(tmp_path / "turned.jpg").shape == (3, 80, 64)
+    assert read_image(tmp_path / "turned.jpg").shape == (3, 80, 64)
 
 
 def test_a_one_pixel_image_makes_a_sample(tmp_path):
     for i in range(2):
         Image.new("RGB", (1, 1), (i, 2, 3)).save(tmp_path / f"{i}.png")
-    images = files.list_images(tmp_path)
-    maps, header = files.region_maps(images, tmp_path / "regions.npy", size=16)
-    sample = r2o.ImageRegions(images, maps, header, size=64)[0, 1]
+    images = list_images(tmp_path)
+    maps, header = region_maps(images, tmp_path / "regions.npy", size=16)
+    sample = ImageRegions(images, maps, header, size=64)[0, 1]
     assert (sample["views"][0] == torch.tensor([1, 2, 3])).all()
 
 

@@ -1,4 +1,4 @@
-"""eval_abo.py, Fig. 4: the measure, every kind of truth, checkpoints, and bad input. figures.py, which draws them."""
+"""abo.py, Fig. 4: the measure, every kind of truth, checkpoints, and bad input. figures.py, which draws them."""
 
 import json
 import shutil
@@ -9,13 +9,14 @@ import torch
 from conftest import picture, refused_by
 from PIL import Image
 
-import eval_abo
 import eval_cub
-import evaluation
-import figures
 import r2o
+from evals import abo, figures, measures, truth
+from evals.common import open_checkpoints
+from runtime.cli import UsageError
+from runtime.images import read_image
 
-refused = refused_by(eval_abo)
+refused = refused_by(abo)
 refused_figures = refused_by(figures)
 
 
@@ -28,21 +29,21 @@ def test_best_overlap_by_hand():
     a, b = torch.zeros(2, 4), torch.zeros(2, 4)
     a[:, 2:], a[0, 1], a[1, 3] = 1, 1, 0
     b[0, :2] = 1
-    best = eval_abo.best_overlap(masks, torch.stack([a, b]).bool())
+    best = measures.best_overlap(masks, torch.stack([a, b]).bool())
     assert best.tolist() == [3 / 5, 2 / 4]
 
 
 def test_void_pixels_count_neither_for_masks_nor_for_objects():
     masks, inside = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[[True, True, True, False]]])
-    assert eval_abo.best_overlap(masks, inside).tolist() == [2 / 3]
-    assert eval_abo.best_overlap(masks, inside, torch.tensor([[False, False, True, False]])).tolist() == [1]
+    assert measures.best_overlap(masks, inside).tolist() == [2 / 3]
+    assert measures.best_overlap(masks, inside, torch.tensor([[False, False, True, False]])).tolist() == [1]
 
 
 def test_coarse_masks_are_enlarged_by_the_nearest_pixel():
     fine = torch.zeros(1, 6, 8, dtype=torch.bool)
     fine[0, :3, 4:] = True
-    assert eval_abo.best_overlap(torch.tensor([[7, 3], [7, 7]]), fine).tolist() == [1]
-    assert len(eval_abo.best_overlap(torch.tensor([[7, 3]]), fine[:0])) == 0
+    assert measures.best_overlap(torch.tensor([[7, 3], [7, 7]]), fine).tolist() == [1]
+    assert len(measures.best_overlap(torch.tensor([[7, 3]]), fine[:0])) == 0
 
 
 # ---- truth ----------------------------------------------------------------------------------------------------------
@@ -52,7 +53,7 @@ def test_mask_files_of_every_kind_are_read_as_ids(tmp_path):
     def read(pixels, mode=None, **kwargs):
         image = Image.fromarray(np.array(pixels))
         (image if mode is None else image.convert(mode)).save(tmp_path / "m.png")
-        return evaluation.read_ids(tmp_path / "m.png", **kwargs).tolist()
+        return truth.read_ids(tmp_path / "m.png", **kwargs).tolist()
 
     grey = np.array([[0, 2, 40, 255]], np.uint8)
     assert read(grey) == [[0, 2, 40, -1]]
@@ -61,7 +62,7 @@ def test_mask_files_of_every_kind_are_read_as_ids(tmp_path):
     assert read(np.array([[0, 60, 200, 254]], np.uint8)) == [[0, 0, 1, 1]]  # soft edges
     assert read(grey, "P") == [[0, 2, 40, -1]]
     for unclear in ([[0, 1, 2, 60]], [[20] + 9 * [255]]):
-        with pytest.raises(r2o.UsageError, match=r"m\.png may hold ids .* pass --masks ids or --masks binary"):
+        with pytest.raises(UsageError, match=r"m\.png may hold ids .* pass --masks ids or --masks binary"):
             read(np.array(unclear, np.uint8))
     assert read(np.array([[0, 1, 60]], np.uint8), kind="ids") == [[0, 1, 60]]
     assert read(np.array([[0, 100, 65535]], np.uint16), kind="binary") == [[0, 0, 1]]
@@ -72,9 +73,9 @@ def test_mask_files_of_every_kind_are_read_as_ids(tmp_path):
     assert read(grey, "RGB") == [[0, 2, 40, -1]]
     imagenet_s = np.array([[[0, 0, 0], [5, 0, 0], [1, 2, 0], [1000 % 256, 1000 // 256, 0]]], np.uint8)
     assert read(imagenet_s) == [[0, 5, 513, -1]]
-    with pytest.raises(r2o.UsageError, match=r"m\.png is coloured"):
+    with pytest.raises(UsageError, match=r"m\.png is coloured"):
         read(np.array([[[10, 0, 30]]], np.uint8))
-    with pytest.raises(r2o.UsageError, match=r"m\.png is coloured"):
+    with pytest.raises(UsageError, match=r"m\.png is coloured"):
         read(np.array([[[255, 255, 0], [255, 0, 0]]], np.uint8))
 
 
@@ -83,7 +84,7 @@ FLAGS = "--ckpt random --arch tiny --size 64 --segments 30 --workers 0".split()
 
 def measured(tmp_path, *flags):
     out = tmp_path / "abo.json"
-    eval_abo.main([str(f) for f in (*FLAGS, "--json", out, *flags)])
+    abo.main([str(f) for f in (*FLAGS, "--json", out, *flags)])
     found = json.loads(out.read_text())
     return found, {(r["masks"], r["K"], r["assign"]): r["average best overlap"] for r in found["rows"]}
 
@@ -118,15 +119,16 @@ def test_a_run_measures_priors_and_masks_and_says_so(pairs, tmp_path, capsys):
     grid = rows["grid", None, None]
     assert 0.01 < grid < 0.2 and all(grid < x <= 1 for key, x in rows.items() if key[0] != "grid")
     printed = capsys.readouterr().out
-    assert f"{grid:.3f}  grid" in printed and "| theirs: Fig. 4" in printed
-    assert Image.open(png).size == (820, 440)
+    assert f"{grid:.3f}  grid" in printed and "| paper: 0.49 after ImageNet" in printed
+    width, height = Image.open(png).size
+    assert width == 820 and height == 440 and np.asarray(Image.open(png).convert("L")).std() > 5
 
 
 def test_masks_that_are_the_truth_overlap_wholly(pairs, tmp_path, monkeypatch):
     """Where the prior is the truth, the region masks of as many clusters are too; at a quarter of the resolution."""
     truth = {}
     for path in sorted((pairs / "masks").iterdir()):
-        truth[r2o.read_image(pairs / "images" / path.name).float().mean().item()] = np.asarray(Image.open(path)) > 127
+        truth[read_image(pairs / "images" / path.name).float().mean().item()] = np.asarray(Image.open(path)) > 127
 
     def prior(image, segments, size):
         mask = Image.fromarray(truth[image.float().mean().item()]).resize((size, size), Image.Resampling.NEAREST)
@@ -155,9 +157,7 @@ def test_cub_s_layout_mask_folders_and_coco_agree(pairs, tmp_path):
 def test_groups_are_random_and_defaults_are_said(pairs, tmp_path, monkeypatch):
     """Files side by side are often of one class: training, and so this, mixes them."""
     seen = []
-    monkeypatch.setattr(
-        eval_abo.Truth, "__getitem__", lambda self, i, f=eval_abo.Truth.__getitem__: seen.append(i) or f(self, i)
-    )
+    monkeypatch.setattr(abo.Truth, "__getitem__", lambda self, i, f=abo.Truth.__getitem__: seen.append(i) or f(self, i))
     _, rows = measured(tmp_path, "--data", pairs / "images", pairs / "masks", "--group", 4)
     assert sorted(seen) == list(range(12)) and seen != sorted(seen)
     assert {key[1] for key in rows if key[1]} == {128, 64, 16, 4}
@@ -183,12 +183,12 @@ def test_crowds_are_void(pairs, tmp_path):
     path.write_text(json.dumps(file | {"annotations": [crowd, *file["annotations"][1:]]}))
     found, _ = measured(tmp_path, "--data", pairs / "images", path, "-k", 2)
     assert found["objects"] == 11
-    _, rows = evaluation.load_coco(pairs / "images", path)
-    _, _, objects, void = eval_abo.Truth([(row["path"], row) for row in rows], 64, 30)[0]
+    _, rows = truth.load_coco(pairs / "images", path)
+    _, _, objects, void = abo.Truth([(row["path"], row) for row in rows], 64, 30)[0]
     assert len(objects) == 0 and void.sum() == file["annotations"][0]["area"]
     path.write_text(json.dumps(file | {"annotations": [crowd, *file["annotations"]]}))  # a crowd where an object is
-    _, rows = evaluation.load_coco(pairs / "images", path)
-    _, _, objects, void = eval_abo.Truth([(row["path"], row) for row in rows], 64, 30)[0]
+    _, rows = truth.load_coco(pairs / "images", path)
+    _, _, objects, void = abo.Truth([(row["path"], row) for row in rows], 64, 30)[0]
     assert objects.sum() == file["annotations"][0]["area"] and not void.any()
 
 
@@ -205,7 +205,7 @@ def test_a_folder_of_checkpoints_gives_a_curve_at_each_ones_k(pairs, finished, t
     files = [str(out / "epoch_0002.pth"), str(out / "r2o.pth")]
     assert {key[:2] for key in rows if key[1]} == {(files[0], k2), (files[0], 3), (files[1], 2), (files[1], 3)}
     assert {r["masks"]: r["epoch"] for r in found["rows"] if r["K"]} == {files[0]: 2, files[1]: 3}
-    curves, across = eval_abo.curves_of(rows, eval_abo.list_checkpoints(str(out)))
+    curves, across = abo.curves_of(rows, open_checkpoints(str(out), None, [], 64, torch.device("cpu")))
     assert across == "epoch" and [x for x, _ in curves["pixel masks, K(t)"]] == [2, 3]
     assert [x for x, _ in curves["region masks, K = 3"]] == [2, 3] and len(curves["grid"]) == 2
     assert png.exists()
@@ -213,7 +213,8 @@ def test_a_folder_of_checkpoints_gives_a_curve_at_each_ones_k(pairs, finished, t
 
 def test_the_figures_are_drawn_the_worst_first(pairs, finished, tmp_path, capsys, monkeypatch):
     notes = []
-    monkeypatch.setattr(r2o, "film_strip", lambda *a, f=r2o.film_strip, **k: notes.append(k["notes"]) or f(*a, **k))
+    strip = figures.film_strip
+    monkeypatch.setattr(figures, "film_strip", lambda *a, **k: notes.append(k["notes"]) or strip(*a, **k))
     flags = ["--data", pairs / "images", pairs / "masks", "--size", 64, "--count", 3]
     figures.main([str(f) for f in (*flags, "--ckpt", finished[0], "--out", tmp_path)])
     sizes = [Image.open(tmp_path / f"{name}.png").size for name in ("masks", "objects", "worst")]
@@ -257,7 +258,7 @@ def test_annotations_that_do_not_fit_are_refused(pairs, tmp_path, refused):
     one = good["annotations"][0]
     other_size = {"size": [5, 5], "counts": "0"}
     for broken in ({"segmentation": []}, {"segmentation": [[1, 2, 3, 4]]}, {"segmentation": other_size}, {"bbox": [1]}):
-        assert "annotation 1 of" in (line := said(annotations=[one | broken])) and "is not whole" in line
+        assert "annotation 1 of" in (line := said(annotations=[one | broken])) and "is incomplete" in line
     for key in ("segmentation", "area", "iscrowd"):
         assert "expected COCO instances" in said(annotations=[{k: v for k, v in one.items() if k != key}])
     assert "not all different and above 0" in said(annotations=[one | {"id": 0}])

@@ -11,15 +11,16 @@ from PIL import Image
 from torchvision.models import resnet18, resnet101
 
 import eval_cub
-import evaluation
 import r2o
+from evals import measures, truth
+from runtime.weights import load_encoder
 
 
 def test_the_metrics_by_hand():
     """Segment 1 covers the foreground's 4 pixels and 2 more of 12; segment 2 covers one of them."""
     truth = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]).bool()
     segments = torch.tensor([[1, 1, 1, 2], [1, 1, 0, 0], [0, 0, 0, 0]])
-    best, score = eval_cub.match_foreground(segments, 5, truth)
+    best, score = measures.match_foreground(segments, 5, truth)
     assert best == 1
     assert score["foreground IoU"] == pytest.approx(3 / 6)
     assert score["mean IoU"] == pytest.approx((3 / 6 + 6 / 9) / 2)
@@ -29,8 +30,8 @@ def test_the_metrics_by_hand():
 def test_void_counts_for_nothing():
     truth, void = torch.tensor([[1, 1, 0, 0, 0, 0]]).bool(), torch.tensor([[0, 0, 1, 0, 0, 0]]).bool()
     segments = torch.tensor([[1, 1, 1, 0, 0, 0]])
-    assert eval_cub.match_foreground(segments, 2, truth, void)[1]["foreground IoU"] == 1
-    assert eval_cub.match_foreground(segments, 2, truth)[1]["foreground IoU"] == pytest.approx(2 / 3)
+    assert measures.match_foreground(segments, 2, truth, void)[1]["foreground IoU"] == 1
+    assert measures.match_foreground(segments, 2, truth)[1]["foreground IoU"] == pytest.approx(2 / 3)
 
 
 def test_segments_follow_the_features():
@@ -45,9 +46,9 @@ def test_segments_follow_the_features():
     images = torch.zeros(3, 3, 32, 32)
     images[:, 0, :, :20], images[:, 2, :, 20:] = 1, 1
     for layer, side in (("c4", 8), ("c5", 4)):
-        scores = eval_cub.segment(Colours(), images, 2, layer, torch.Generator().manual_seed(0))
+        scores = measures.segment_images(Colours(), images, 2, layer, torch.Generator().manual_seed(0))
         assert scores.shape == (3, 2, side, side)
-    segments = eval_cub.segment(Colours(), images, 2, "c4", torch.Generator().manual_seed(0)).argmax(1)
+    segments = measures.segment_images(Colours(), images, 2, "c4", torch.Generator().manual_seed(0)).argmax(1)
     assert (segments[:, :, :5] == segments[:, :1, :1]).all() and (segments[:, :, 5:] != segments[:, :1, :1]).all()
 
 
@@ -102,14 +103,18 @@ def test_the_same_run_twice_gives_the_same_figures(cub, tmp_path):
 def test_splits_may_be_a_file_of_ids_or_redo_s(cub, tmp_path):
     (tmp_path / "ids.txt").write_text("1\n3\n4\n")
     (tmp_path / "redo.txt").write_text("".join(f"{i + 1} {i % 3}\n" for i in range(12)))
-    names = [[image.name for image, _ in evaluation.list_cub(cub, str(tmp_path / f))] for f in ("ids.txt", "redo.txt")]
+    names = [[image.name for image, _ in truth.list_cub(cub, str(tmp_path / f))] for f in ("ids.txt", "redo.txt")]
     assert names == [["00.jpg", "02.jpg", "03.jpg"], ["02.jpg", "05.jpg", "08.jpg", "11.jpg"]]
-    assert [image.name for image, _ in evaluation.list_cub(cub, "test")] == [f"{i:02}.jpg" for i in range(0, 12, 2)]
+    assert [image.name for image, _ in truth.list_cub(cub, "test")] == [f"{i:02}.jpg" for i in range(0, 12, 2)]
 
 
 def test_any_pair_of_folders_of_images_and_masks_will_do(cub, tmp_path):
     result = evaluate(tmp_path, "--ckpt", "random", "--arch", "tiny", "--data", cub / "images", cub / "segmentations")
     assert result["n"] == 12 and result["split"] == "all"
+
+
+def foreground(path):
+    return truth.read_ids(path) > 0
 
 
 def test_masks_may_be_levels_ids_or_palettes(tmp_path):
@@ -120,10 +125,10 @@ def test_masks_may_be_levels_ids_or_palettes(tmp_path):
     palette.putpalette([255 - i // 3 for i in range(768)])
     palette.save(tmp_path / "palette.png")
     Image.fromarray(np.array([[0, 3, 255]], np.uint8)).save(tmp_path / "void.png")
-    assert eval_cub.read_foreground(tmp_path / "void.png").tolist() == [[False, True, False]]
-    assert eval_cub.read_foreground(tmp_path / "levels.png").tolist() == [[False] * 3, [True] * 3]
-    assert eval_cub.read_foreground(tmp_path / "ids.png").tolist() == [[False, True, True]]
-    assert eval_cub.read_foreground(tmp_path / "palette.png").tolist() == [[False, True, False]]
+    assert foreground(tmp_path / "void.png").tolist() == [[False, True, False]]
+    assert foreground(tmp_path / "levels.png").tolist() == [[False] * 3, [True] * 3]
+    assert foreground(tmp_path / "ids.png").tolist() == [[False, True, True]]
+    assert foreground(tmp_path / "palette.png").tolist() == [[False, True, False]]
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -143,7 +148,7 @@ def test_every_kind_of_checkpoint_gives_the_same_encoder(tmp_path):
     }
     for name, file in files.items():
         torch.save(file, tmp_path / name)
-        loaded, line = r2o.load_encoder(str(tmp_path / name), None if name in ("r2o", "last") else "resnet18")
+        loaded, line = load_encoder(str(tmp_path / name))
         assert all(torch.equal(x, weights[n]) for n, x in loaded.state_dict().items()) and not loaded.training
         assert "resnet18" in line and "120 of 120 tensors matched" in line
 
@@ -162,13 +167,16 @@ def test_checkpoints_that_do_not_fit_are_refused(cub, tmp_path, capsys):
         return refused(capsys, "--ckpt", tmp_path / "ckpt.pth", "--data", cub, *flags)
 
     half = dict(list(resnet18().state_dict().items())[:50])
-    assert "matches 50 of 120 tensors of resnet18, 70 do not fit, such as layer" in said(half, "--arch", "resnet18")
-    assert "of 318 tensors of resnet50" in said(resnet18().state_dict())
-    assert "of 318 tensors of resnet50" in said(resnet101().state_dict())  # would fit, with half of it left over
+    assert "50 of 120 tensors of resnet18 matched, 70 do not fit, such as layer" in said(half, "--arch", "resnet18")
+    flags = "--arch", "resnet50"
+    assert "of 318 tensors of resnet50" in said(resnet18().state_dict(), *flags)
+    assert "of 318 tensors of resnet50" in said(
+        resnet101().state_dict(), *flags
+    )  # would fit, with half of it left over
     for strange in ({"model": torch.zeros(1)}, {"state_dict": [1]}, {"args": None}, {1: 2}):
-        assert "matches 0 of" in said(strange)
+        assert " 0 of" in said(strange)
     assert "holds a resnet18, not a resnet50" in said({"arch": "resnet18", "state_dict": half}, "--arch", "resnet50")
-    assert "matches 0 of" in said([1, 2, 3])
+    assert " 0 of" in said([1, 2, 3])
     assert "not a checkpoint that can be loaded safely" in said(picture)
     (tmp_path / "ckpt.pth").write_bytes(b"not a checkpoint")
     assert "not a checkpoint" in refused(capsys, "--ckpt", tmp_path / "ckpt.pth", "--data", cub)
@@ -193,7 +201,7 @@ def test_data_that_does_not_fit_is_refused(cub, tmp_path, capsys):
     assert "one folder or two" in said(cub, cub, cub)
     assert "no such split" in said(cub, more=["--split", tmp_path / "nowhere.txt"])
     (tmp_path / "ids.txt").write_text("1\n99\n")
-    assert "1 ids that images.txt has not" in said(cub, more=["--split", tmp_path / "ids.txt"])
+    assert "names 1 ids, of 2, that images.txt does not list" in said(cub, more=["--split", tmp_path / "ids.txt"])
     (tmp_path / "empty").mkdir()
     assert "no images in" in said(cub / "images", tmp_path / "empty")
     shutil.copytree(cub / "segmentations", tmp_path / "masks")

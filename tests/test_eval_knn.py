@@ -1,4 +1,4 @@
-"""eval_knn.py, Table 4: neighbours, votes, processes, and bad input."""
+"""knn.py, Table 4: neighbours, votes, processes, and bad input."""
 
 import json
 import shutil
@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import eval_knn
 import r2o
+from evals import knn, measures
+from runtime.images import read_image
+from runtime.weights import load_encoder
 
-refused = refused_by(eval_knn)
+refused = refused_by(knn)
 
 
 @settings(max_examples=40, deadline=None)
@@ -27,9 +29,9 @@ def test_neighbours_are_those_of_the_whole_matrix_whatever_the_chunks(queries, b
     q, b = (torch.randn(n, 5, generator=generator) for n in (queries, bank))
     labels = torch.arange(bank)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eval_knn, "BANK", rows)
-        patch.setattr(eval_knn, "QUERIES", columns)
-        similar, whose = eval_knn.nearest(q, b, labels, k)
+        patch.setattr(measures, "BANK", rows)
+        patch.setattr(measures, "QUERIES", columns)
+        similar, whose = measures.nearest(q, b, labels, k)
     expected, index = (q @ b.T).topk(min(k, bank), dim=1)
     torch.testing.assert_close(similar[:, :bank], expected)
     assert torch.equal(whose[:, :bank], index) and (similar[:, bank:] == -torch.inf).all()
@@ -45,24 +47,24 @@ def test_no_tensor_is_as_large_as_queries_times_bank():
             return out
 
     with Largest() as largest:
-        eval_knn.nearest(torch.randn(3000, 2), torch.randn(40000, 2), torch.zeros(40000).long(), 5)
-    assert largest.size < 1.01 * eval_knn.BANK * eval_knn.QUERIES < 3000 * 40000 / 5
+        measures.nearest(torch.randn(3000, 2), torch.randn(40000, 2), torch.zeros(40000).long(), 5)
+    assert largest.size < 1.01 * measures.BANK * measures.QUERIES < 3000 * 40000 / 5
 
 
 def test_votes_by_hand():
     """At temperature 0.1 a neighbour 0.1 nearer weighs e times as much: one at 0.9 against two at 0.8."""
     similar, labels = torch.tensor([[0.9, 0.8, 0.8]]), torch.tensor([[2, 0, 0]])
-    weights = eval_knn.votes(similar, labels, 4, 0.1)
+    weights = measures.votes(similar, labels, 4, 0.1)
     torch.testing.assert_close(weights, torch.tensor([[2 / np.e, 0, 1, 0]], dtype=torch.float32))
-    assert eval_knn.votes(similar, labels, 4, 0.2).argmax() == 0  # 2 exp(-1/2) > 1
-    assert eval_knn.votes(similar, labels, 4, 1e-4).isfinite().all()
+    assert measures.votes(similar, labels, 4, 0.2).argmax() == 0  # 2 exp(-1/2) > 1
+    assert measures.votes(similar, labels, 4, 1e-4).isfinite().all()
 
 
 def test_accuracy_by_hand():
     bank = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 0.9]]), dim=1)
     labels = torch.tensor([0, 0, 1, 2])
     queries, truth = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 1, 2])
-    found = eval_knn.classify(bank, labels, queries, truth, 3, [1, 4], 0.07, 3)
+    found = knn.classify(bank, labels, queries, truth, 3, [1, 4], 0.07, 3)
     assert found[1]["top-1"] == pytest.approx(200 / 3) and found[4]["top-5"] == 100
 
 
@@ -85,13 +87,13 @@ FLAGS = "--ckpt random --arch tiny --size 32 -k 3 1 --batch-size 4 --workers 0".
 
 def test_colours_are_told_apart_by_one_process_and_by_two(colours, tmp_path, capsys):
     out = tmp_path / "one.json"
-    eval_knn.main([*FLAGS, "--data", str(colours), "--json", str(out)])
+    knn.main([*FLAGS, "--data", str(colours), "--json", str(out)])
     one, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert one["k"] == {"3": {"top-1": 100, "top-5": 100}, "1": {"top-1": 100, "top-5": 100}}
     assert (one["train"], one["val"], one["classes"]) == (18, 9, 3)
-    assert "| ours: top-1 100.0 %, top-5 100.0 % | theirs: Table 4" in printed
+    assert "| ours: top-1 100.0 %, top-5 100.0 % | paper: 85.5 % (Table 4" in printed
     out = tmp_path / "two.json"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "eval_knn.py"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "evals.knn"]
     folders = [str(colours / "train"), str(colours / "val")]
     subprocess.run(
         [*launch, *FLAGS, "--data", *folders, "--json", str(out)],
@@ -109,15 +111,15 @@ def test_processes_of_unequal_shares_find_what_one_finds(tmp_path):
     script = tmp_path / "share.py"
     script.write_text(
         "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
-        "import eval_knn, processes\n"
+        "from evals import knn\nfrom runtime import distributed\n"
         "g = torch.Generator().manual_seed(3)\n"
         "bank, queries = (torch.randn(n, 4, generator=g).half() for n in (10, 7))\n"
         "y, truth = (torch.randint(0, 6, (n,), generator=g) for n in (10, 7))\n"
-        "alone = eval_knn.classify(bank, y, queries, truth, 6, [2, 5], 0.5, 7)\n"
-        "rank, world, device = processes.place()\n"
-        "processes.tie(rank, world, device)\n"
+        "alone = knn.classify(bank, y, queries, truth, 6, [2, 5], 0.5, 7)\n"
+        "rank, world, device = distributed.place()\n"
+        "distributed.join_process_group()\n"
         "own = slice(rank, None, world)\n"
-        "found = eval_knn.classify(bank[own], y[own], queries[own], truth[own], 6, [2, 5], 0.5, 7)\n"
+        "found = knn.classify(bank[own], y[own], queries[own], truth[own], 6, [2, 5], 0.5, 7)\n"
         "assert found == alone and 0 < found[2]['top-1'] < 100, (found, alone)\n"
         "torch.distributed.barrier()\n"
         "torch.distributed.destroy_process_group()\n"
@@ -129,18 +131,17 @@ def test_processes_of_unequal_shares_find_what_one_finds(tmp_path):
 
 def test_features_are_c5_averaged_of_the_middle_of_the_image(colours):
     """The shorter side becomes 8/7 of the crop: of 40 x 48 pixels at 35, all but 2.5 on each side of the shorter."""
-    data = eval_knn.Labelled(colours / "train", 35)
+    data = knn.Labelled(colours / "train", 35)
     image, label = data[7]
-    whole = torch.nn.functional.interpolate(
-        r2o.read_image(data.images.path(7))[None].float(), size=(40, 48), mode="bicubic"
-    )[0]
+    whole = read_image(data.images.path(7))[None].float()
+    whole = torch.nn.functional.interpolate(whole, size=(40, 48), mode="bicubic")[0]
     assert image.shape == (3, 35, 35) and label == 1
     assert (image - whole[:, 2:37, 6:41]).abs().mean() < (image - whole[:, :35, :35]).abs().mean() / 2
-    args = eval_knn.parse_args(["--ckpt", "x", "--data", "y"])
+    args = knn.parse_args(["--ckpt", "x", "--data", "y"])
     assert args.k[0] == 20 and {*args.k} == {10, 20, 100, 200} and args.temperature == 0.07
     args.workers, args.batch_size = 0, 4
-    encoder, _ = r2o.load_encoder("random", "tiny")
-    found, labels = eval_knn.features(encoder, data, 1, 3, args, torch.device("cpu"), "")
+    encoder, _ = load_encoder("random", "tiny")
+    found, labels = knn.features(encoder, data, 1, 3, args, torch.device("cpu"), "")
     x = torch.stack([data[i][0] for i in range(1, 18, 3)])
     with torch.no_grad():
         c5 = r2o.encode(encoder, r2o.normalize(x)).mean((2, 3))
@@ -157,13 +158,13 @@ def test_bad_data_and_arguments_are_refused(colours, tmp_path, refused):
     assert "twice" in refused(*FLAGS, "--data", train, train)
     for name in ("train", "other"):  # a class that is called train hides no other
         shutil.copytree(train / "red", tmp_path / "classes" / name)
-    assert eval_knn.Labelled(tmp_path / "classes", 32).classes == ["other", "train"]
+    assert knn.Labelled(tmp_path / "classes", 32).classes == ["other", "train"]
     bad = r2o.build_encoder("tiny").state_dict()
     bad["conv1.weight"][0, 0, 0, 0] = float("nan")
     torch.save({"arch": "tiny", "state_dict": bad}, tmp_path / "nan.pth")
     assert "are not finite" in refused(*FLAGS[2:], "--ckpt", tmp_path / "nan.pth", "--data", colours)
     assert "-k must be at least 1" in refused(*FLAGS, "--data", colours, "-k", 0)
-    assert "--temperature above 0" in refused(*FLAGS, "--data", colours, "--temperature", 0)
+    assert "--temperature must be above 0" in refused(*FLAGS, "--data", colours, "--temperature", 0)
     assert "one folder (with train and val) or two" in refused(*FLAGS, "--data", train, val, val)
     assert "cannot write" in refused(*FLAGS, "--data", colours, "--json", tmp_path / "nowhere/x.json")
     broken = only(tmp_path / "broken", train, "blue")

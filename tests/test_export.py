@@ -1,9 +1,8 @@
-"""transfer/export.py and hubconf.py: every layout and back, the authors' files, and bad input."""
+"""runtime/weights.py, evals/export.py and hubconf.py: every layout and back, the authors' files, and bad input."""
 
 import json
 import pickle
 import pickletools
-import sys
 from collections import OrderedDict
 
 import numpy as np
@@ -13,12 +12,13 @@ import torchvision
 from conftest import ROOT, refused_by
 
 import r2o
-
-sys.path.insert(0, str(ROOT / "transfer"))
-import export
+from evals import export
+from runtime import weights
+from runtime.cli import UsageError
+from runtime.weights import load_encoder
 
 refused = refused_by(export)
-WAYS = [(layout, suffix) for layout, suffixes in export.LAYOUTS.items() for suffix in suffixes]
+WAYS = [(layout, suffix) for layout, suffixes in weights.LAYOUTS.items() for suffix in suffixes]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def convert(source, to, out):
 def test_every_layout_comes_back_the_same(ours, tmp_path, layout, suffix):
     there = convert(ours[0], layout, tmp_path / f"there{suffix}")
     back = convert(there, "r2o", tmp_path / "back.pth")
-    net, line = r2o.load_encoder(str(back))
+    net, line = load_encoder(str(back))
     assert all(torch.equal(x, ours[1][name]) for name, x in net.state_dict().items())
     with torch.no_grad():
         assert torch.equal(r2o.encode(net, ours[2]), ours[3])
@@ -77,10 +77,10 @@ def test_names_are_detectron2_s():
         "layer4.0.downsample.0.weight": "res5.0.shortcut.weight",
         "layer3.0.downsample.1.num_batches_tracked": "res4.0.shortcut.norm.num_batches_tracked",
     }
-    assert [export.to_detectron2(name) for name in names] == list(names.values())
-    assert [export.to_torchvision(name) for name in names.values()] == list(names)
+    assert [weights.to_detectron2(name) for name in names] == list(names.values())
+    assert [weights.to_torchvision(name) for name in names.values()] == list(names)
     for name in torchvision.models.resnet50().state_dict():
-        assert export.to_torchvision(export.to_detectron2(name)) == export.to_torchvision(name) == name
+        assert weights.to_torchvision(weights.to_detectron2(name)) == weights.to_torchvision(name) == name
 
 
 def test_containers_are_those_that_the_libraries_read(ours, tmp_path):
@@ -105,7 +105,7 @@ def test_the_authors_files_and_whole_detectors_are_read(ours, tmp_path):
     original = {"module.online_network.encoder." + name: x for name, x in sequential.items()}
     original |= {"module.target_network.encoder." + name: x for name, x in zeros.items()}
     original |= {"module.online_network.projetion.l1.weight": torch.zeros(3, 3)}
-    d2 = {"backbone.bottom_up." + export.to_detectron2(name): x for name, x in ours[1].items()}
+    d2 = {"backbone.bottom_up." + weights.to_detectron2(name): x for name, x in ours[1].items()}
     for i, file in enumerate(
         (
             {"config": {"a": 1}, "epoch": 300, "steps": 5, "model": OrderedDict(original)},
@@ -118,7 +118,7 @@ def test_the_authors_files_and_whole_detectors_are_read(ours, tmp_path):
         )
     ):
         torch.save(file, tmp_path / f"{i}.pth")
-        found = export.read(tmp_path / f"{i}.pth")
+        found = weights.read_weights(tmp_path / f"{i}.pth")
         assert found["arch"] == "resnet18"
         same = {n: x for n, x in found["state_dict"].items() if not (i == 6 and n.endswith("num_batches_tracked"))}
         assert all(torch.equal(x, ours[1][name]) for name, x in same.items()), i
@@ -127,14 +127,14 @@ def test_the_authors_files_and_whole_detectors_are_read(ours, tmp_path):
 def test_torchvision_files_without_counters_load_in_evaluations(ours, tmp_path):
     old = {name: x for name, x in ours[1].items() if not name.endswith("num_batches_tracked")}
     torch.save(old, tmp_path / "old.pth")
-    net, line = r2o.load_encoder(str(tmp_path / "old.pth"), "resnet18")
+    net, line = load_encoder(str(tmp_path / "old.pth"), "resnet18")
     with torch.no_grad():
         assert torch.equal(r2o.encode(net, ours[2]), ours[3])
     assert "100 of 120 tensors matched, the rest are batch norm's counters" in line
     del old["bn1.running_mean"]
     torch.save(old, tmp_path / "old.pth")
-    with pytest.raises(r2o.UsageError, match=r"matches 99 of 120 .* such as bn1.running_mean"):
-        r2o.load_encoder(str(tmp_path / "old.pth"), "resnet18")
+    with pytest.raises(UsageError, match=r"99 of 120 tensors of resnet18 matched, .* such as bn1.running_mean"):
+        load_encoder(str(tmp_path / "old.pth"), "resnet18")
 
 
 def test_torch_hub_gives_the_same_features(ours):
@@ -160,8 +160,8 @@ def test_what_does_not_fit_is_refused_with_how_much_matched(ours, tmp_path, refu
         return refused("--ckpt", tmp_path / "in.pth", "--to", "r2o", "--out", tmp_path / "out.pth", *flags)
 
     half = dict(list(ours[1].items())[:60])
-    assert "60 of 120 tensors of resnet18 matched, layer" in said(half)
-    assert "119 of 120 tensors of resnet18 matched, conv1.weight does not" in said(
+    assert "60 of 120 tensors of resnet18 matched, 60 do not fit, such as layer" in said(half)
+    assert "119 of 120 tensors of resnet18 matched, 1 do not fit, such as conv1.weight" in said(
         ours[1] | {"conv1.weight": torch.zeros(64, 1, 7, 7)}
     )
     assert "0 of" in said({"a": torch.zeros(2)}) and "0 of" in said([1, 2])
@@ -171,7 +171,9 @@ def test_what_does_not_fit_is_refused_with_how_much_matched(ours, tmp_path, refu
         assert f"does not go with --to {layout}" in refused("--ckpt", ours[0], "--to", layout, "--out", out)
     assert "no such folder" in refused("--ckpt", ours[0], "--to", "timm", "--out", tmp_path / "no/o.pth")
     (tmp_path / "torn.safetensors").write_bytes(b"1234")
-    assert "is it whole" in refused("--ckpt", tmp_path / "torn.safetensors", "--to", "r2o", "--out", tmp_path / "o.pth")
+    assert "is it complete" in refused(
+        "--ckpt", tmp_path / "torn.safetensors", "--to", "r2o", "--out", tmp_path / "o.pth"
+    )
     tiny = {"arch": "tiny", "state_dict": r2o.build_encoder("tiny").state_dict()}
     assert "holds the encoder tiny" in said(tiny, "--to", "timm")
     assert json.dumps(sorted(p.name for p in tmp_path.glob("o*"))) == "[]"

@@ -15,13 +15,17 @@ import pytest
 import torch
 from conftest import picture
 
-import files
 import r2o
+from runtime import regions as cache
+from runtime.cli import UsageError
+from runtime.images import ImageList, list_images, read_image
+from runtime.loader import ImageRegions
+from runtime.regions import region_maps
 
 
 def relist(images, change):
     """The list of other files: change([(name, size)])."""
-    return files.ImageList(images.root, change([(n, os.path.getsize(images.root / os.fsdecode(n))) for n in images]))
+    return ImageList(images.root, change([(n, os.path.getsize(images.root / os.fsdecode(n))) for n in images]))
 
 
 # ---- lists -----------------------------------------------------------------------------------------------------------
@@ -31,11 +35,11 @@ def test_images_are_found_flat_nested_or_in_train(tmp_path):
     (tmp_path / "a/b").mkdir(parents=True)
     for name in ("z.JPEG", "a/b/x.png", "ä.jpg", "notes.txt"):
         (tmp_path / name).touch()
-    images = files.list_images(tmp_path)
+    images = list_images(tmp_path)
     assert images.root == tmp_path and [n.decode() for n in images] == ["z.JPEG", "ä.jpg", "a/b/x.png"]
     (tmp_path / "train").mkdir()
     (tmp_path / "train/only.webp").touch()
-    images = files.list_images(tmp_path)
+    images = list_images(tmp_path)
     assert images.root == tmp_path / "train" and list(images) == [b"only.webp"]
 
 
@@ -58,14 +62,14 @@ def classes(tmp_path):
 )
 def test_a_subset_is_of_class_folders_or_files(classes, lines, names):
     (classes / "subset.txt").write_text(lines)
-    images = files.list_images(classes / "data", classes / "subset.txt")
+    images = list_images(classes / "data", classes / "subset.txt")
     assert [name.decode() for name in images] == names
 
 
 @pytest.mark.parametrize(
     "lines, said",
     [
-        ("n1\nn9\nn8/x.jpg\n", r"2 of the 3 lines of .* name nothing in .*, the first: n8/x.jpg"),
+        ("n1\nn9\nn8/x.jpg\n", r"2 of the 3 lines of .* match nothing in .*, the first: n8/x.jpg"),
         ("\n", "is empty"),
         (None, "cannot read --subset .*No such file"),
     ],
@@ -73,17 +77,17 @@ def test_a_subset_is_of_class_folders_or_files(classes, lines, names):
 def test_a_subset_that_does_not_fit_the_data_is_refused(classes, lines, said):
     if lines:
         (classes / "subset.txt").write_text(lines)
-    with pytest.raises(r2o.UsageError, match=said):
-        files.list_images(classes / "data", classes / "subset.txt")
+    with pytest.raises(UsageError, match=said):
+        list_images(classes / "data", classes / "subset.txt")
 
 
 def test_a_list_knows_its_files_by_name_and_size(tmp_path):
     def listed(*entries):
-        return files.ImageList(tmp_path, entries)
+        return ImageList(tmp_path, entries)
 
     one, longer, renamed = listed((b"a", 1), (b"bc", 2)), listed((b"a", 1), (b"bc", 3)), listed((b"ab", 1), (b"c", 2))
     assert len(one) == 2 and [*one] == [b"a", b"bc"] and one.path(1) == str(tmp_path / "bc")
-    assert one.names == longer.names != renamed.names
+    assert one.names_hash == longer.names_hash != renamed.names_hash
     assert len({one.fingerprint, longer.fingerprint, renamed.fingerprint}) == 3
     for i in (2, -1):
         with pytest.raises(IndexError):
@@ -109,7 +113,7 @@ class Reader(torch.utils.data.Dataset):
 def test_a_worker_that_reads_the_list_takes_no_memory_for_it(tmp_path):
     """Fork shares it, and no reference count in it is ever written: a list of str would be copied, 20 MB of it."""
     count = 300_000
-    names = files.ImageList(tmp_path, ((b"n%08d/n%08d_%d.JPEG" % (i // 1300, i // 1300, i), 1) for i in range(count)))
+    names = ImageList(tmp_path, ((b"n%08d/n%08d_%d.JPEG" % (i // 1300, i // 1300, i), 1) for i in range(count)))
     assert len(names._text) + names._ends.nbytes < 45 * count
     loader = torch.utils.data.DataLoader(Reader(names), sampler=range(3), batch_size=None, num_workers=1)
     assert max(loader) < 4
@@ -127,7 +131,7 @@ def folder_of(tmp_path, good, damage):
         picture(i, (20, 20)).save(tmp_path / f"{i:03}.jpg", quality=95)
     for name, f in damage.items():
         (tmp_path / name).write_bytes(f((tmp_path / "000.jpg").read_bytes()))
-    return files.list_images(tmp_path)
+    return list_images(tmp_path)
 
 
 DAMAGE = {"truncated.jpg": lambda b: b[: len(b) // 2], "text.jpg": lambda b: b"hello", "empty.png": lambda b: b""}
@@ -136,10 +140,10 @@ DAMAGE = {"truncated.jpg": lambda b: b[: len(b) // 2], "text.jpg": lambda b: b"h
 @pytest.mark.parametrize("name", DAMAGE)
 def test_one_unreadable_image_in_a_hundred_is_left_out_and_counted(tmp_path, name, capsys):
     images = folder_of(tmp_path, 110, {name: DAMAGE[name]})
-    maps, header = files.region_maps(images, tmp_path / "regions.npy", prior="grid", size=14)
+    maps, header = region_maps(images, tmp_path / "regions.npy", prior="grid", size=14)
     assert len(header["unreadable"]) == 1 and name in header["unreadable"][0][1]
     assert name in capsys.readouterr().out
-    data = r2o.ImageRegions(images, maps, header, size=32)
+    data = ImageRegions(images, maps, header, size=32)
     assert len(data) == 110
     for i in range(110):
         assert data[0, i]["image"].shape == (32, 32, 3)
@@ -147,22 +151,22 @@ def test_one_unreadable_image_in_a_hundred_is_left_out_and_counted(tmp_path, nam
 
 def test_more_unreadable_images_stop_the_run(tmp_path):
     images = folder_of(tmp_path, 100, DAMAGE)
-    with pytest.raises(r2o.UsageError, match=r"more than 1 % of the images in .* are unreadable"):
-        files.region_maps(images, tmp_path / "regions.npy", prior="grid", size=14)
+    with pytest.raises(UsageError, match=r"more than 1 % of the images in .* are unreadable"):
+        region_maps(images, tmp_path / "regions.npy", prior="grid", size=14)
     assert not (tmp_path / "regions.npy").exists()
 
 
 def test_region_maps_are_computed_once_and_known_by_their_header(photos, tmp_path, monkeypatch):
-    images = files.list_images(photos)
+    images = list_images(photos)
     path = tmp_path / "regions.npy"
-    maps, header = files.region_maps(images, path, size=16, num_segments=20, workers=2)
+    maps, header = region_maps(images, path, size=16, num_segments=20, workers=2)
     assert maps.shape == (24, 16, 16) and maps.dtype == np.uint8 and isinstance(maps, np.memmap)
     assert header["num_regions"] == maps.max() + 1 and header["unreadable"] == []
     for i in (0, 23):
-        image = r2o.read_image(images.path(i))
+        image = read_image(images.path(i))
         assert np.array_equal(maps[i], r2o.slic_regions(image, 20, 16))
     monkeypatch.setattr(r2o, "slic_regions", lambda *a: pytest.fail("computed twice"))
-    again, header_again = files.region_maps(images, path, size=16, num_segments=20)
+    again, header_again = region_maps(images, path, size=16, num_segments=20)
     assert np.array_equal(maps, again) and header == header_again
 
 
@@ -178,38 +182,41 @@ def test_region_maps_are_computed_once_and_known_by_their_header(photos, tmp_pat
     ],
 )
 def test_region_maps_of_other_data_or_settings_are_refused(photos, tmp_path, change, key):
-    images = files.list_images(photos)
+    images = list_images(photos)
     kw = {"images": images, "path": tmp_path / "regions.npy", "size": 16, "num_segments": 20}
-    files.region_maps(**kw)
-    with pytest.raises(r2o.UsageError, match=f"belong to other data or settings \\({key}.*delete"):
-        files.region_maps(**change(kw))
+    region_maps(**kw)
+    with pytest.raises(UsageError, match=f"belong to other data or settings \\({key}.*delete"):
+        region_maps(**change(kw))
 
 
 def test_region_maps_of_another_scikit_image_are_refused(photos, tmp_path):
-    images = files.list_images(photos)
-    files.region_maps(images, tmp_path / "regions.npy", prior="grid", size=14)
+    images = list_images(photos)
+    region_maps(images, tmp_path / "regions.npy", prior="grid", size=14)
     header = json.loads((tmp_path / "regions.json").read_text())
     (tmp_path / "regions.json").write_text(json.dumps(header | {"scikit-image": "0.18.3"}))
-    with pytest.raises(r2o.UsageError, match=r"scikit-image 0\.18\.3, now"):
-        files.region_maps(images, tmp_path / "regions.npy", prior="grid", size=14)
+    with pytest.raises(UsageError, match=r"scikit-image 0\.18\.3, now"):
+        region_maps(images, tmp_path / "regions.npy", prior="grid", size=14)
 
 
 @pytest.mark.parametrize("make", [lambda p: p / "nowhere", lambda p: p])
 def test_a_folder_without_images_is_refused(tmp_path, make):
-    with pytest.raises(r2o.UsageError, match=r"no such folder|no images in"):
-        files.list_images(make(tmp_path))
+    with pytest.raises(UsageError, match=r"no such folder|no images in"):
+        list_images(make(tmp_path))
 
 
 SLOW = """
-import os, sys, time, files, r2o
+import os, sys, time, r2o
+from runtime import regions as cache
+from runtime.images import list_images
+from runtime.regions import region_maps
 slic = r2o.slic_regions
 def slow(*args):
     with open(sys.argv[2] + ".calls", "a") as f:
         f.write("x")
     time.sleep(0.1)
     return slic(*args)
-r2o.slic_regions, files.SAVE_SECONDS = slow, 0
-maps, header = files.region_maps(files.list_images(sys.argv[1]), sys.argv[2], size=16, num_segments=20)
+r2o.slic_regions, cache.SAVE_SECONDS = slow, 0
+maps, header = region_maps(list_images(sys.argv[1]), sys.argv[2], size=16, num_segments=20)
 print(len(maps), header["num_regions"])
 """
 
@@ -217,7 +224,7 @@ print(len(maps), header["num_regions"])
 def test_one_process_makes_the_maps_and_another_takes_over_where_it_dies(photos, tmp_path):
     """The others wait; nothing is computed twice but the map that was being made."""
     path = tmp_path / "regions.npy"
-    env = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parent)}
+    env = {**os.environ, "PYTHONPATH": str(Path(r2o.__file__).parent)}
     argv = [sys.executable, "-c", SLOW, str(photos), str(path)]
     processes = [
         subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "123"
@@ -235,8 +242,8 @@ def test_one_process_makes_the_maps_and_another_takes_over_where_it_dies(photos,
     assert sorted(p.returncode for p in processes) == [-signal.SIGKILL, 0, 0], printed
     assert 24 <= calls.stat().st_size <= 24 + 2
     assert not [x for x in tmp_path.iterdir() if x.suffix in (".partial", ".progress", ".lock", ".tmp")]
-    maps, header = files.region_maps(files.list_images(photos), path, size=16, num_segments=20)
-    whole, header_of_whole = files.region_maps(files.list_images(photos), tmp_path / "b.npy", size=16, num_segments=20)
+    maps, header = region_maps(list_images(photos), path, size=16, num_segments=20)
+    whole, header_of_whole = region_maps(list_images(photos), tmp_path / "b.npy", size=16, num_segments=20)
     assert np.array_equal(maps, whole) and header == header_of_whole
 
 
@@ -245,59 +252,60 @@ def holds(pid: int, path: Path) -> bool:
     return any(os.readlink(link) == str(path.with_suffix(".partial")) for link in links)
 
 
-def test_maps_killed_before_their_header_was_written_are_not_made_again(photos, tmp_path, monkeypatch):
-    images, path = files.list_images(photos), tmp_path / "regions.npy"
-    maps, header = files.region_maps(images, path, size=16, num_segments=20)
+def test_maps_killed_between_header_and_rename_are_not_computed_again(photos, tmp_path, monkeypatch):
+    images, path = list_images(photos), tmp_path / "regions.npy"
+    maps, header = region_maps(images, path, size=16, num_segments=20)
     made_from = {k: v for k, v in header.items() if k not in ("num_regions", "unreadable")}
     state = {"done": 24, "num_regions": header["num_regions"], "unreadable": [], "made_from": made_from}
     path.with_suffix(".progress").write_text(json.dumps(state))
-    path.with_suffix(".json").unlink()
+    maps = np.array(maps)
+    path.rename(path.with_suffix(".partial"))
     monkeypatch.setattr(r2o, "slic_regions", lambda *a: pytest.fail("computed twice"))
-    again, header_again = files.region_maps(images, path, size=16, num_segments=20)
+    again, header_again = region_maps(images, path, size=16, num_segments=20)
     assert np.array_equal(maps, again) and header == header_again
 
 
 def test_progress_on_other_data_is_not_gone_on_with(photos, tmp_path):
-    images, path = files.list_images(photos), tmp_path / "regions.npy"
-    want, header = files.region_maps(images, path, size=16, num_segments=20)
+    images, path = list_images(photos), tmp_path / "regions.npy"
+    want, header = region_maps(images, path, size=16, num_segments=20)
     want = np.array(want)
     made_from = {k: v for k, v in header.items() if k not in ("num_regions", "unreadable")} | {"num_segments": 30}
     path.rename(path.with_suffix(".partial"))
     state = {"done": 24, "num_regions": 5, "unreadable": [], "made_from": made_from}
     path.with_suffix(".progress").write_text(json.dumps(state))
     path.with_suffix(".json").unlink()
-    maps, header_again = files.region_maps(images, path, size=16, num_segments=20)
+    maps, header_again = region_maps(images, path, size=16, num_segments=20)
     assert np.array_equal(maps, want) and header == header_again
 
 
 def test_maps_that_do_not_fit_the_disk_are_refused_at_once(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 6000}))
-    with pytest.raises(r2o.UsageError, match=r"the region maps need 6.1e-06 GB, .* has 6e-06 GB left"):
-        files.region_maps(files.list_images(photos), tmp_path / "regions.npy", size=16, num_segments=20)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 6000}))
+    with pytest.raises(UsageError, match=r"the region maps need 6.1e-06 GB, .* has 6e-06 GB left"):
+        region_maps(list_images(photos), tmp_path / "regions.npy", size=16, num_segments=20)
 
 
 def test_a_disk_that_fills_up_keeps_the_maps_that_are_made(photos, tmp_path, monkeypatch):
-    images, path = files.list_images(photos), tmp_path / "regions.npy"
-    monkeypatch.setattr(files, "SAVE_SECONDS", 0)
+    images, path = list_images(photos), tmp_path / "regions.npy"
+    monkeypatch.setattr(cache, "SAVE_SECONDS", 0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (128 + 10 * 256, hard))
     try:
-        with pytest.raises(r2o.UsageError, match=r"cannot write .*partial \(File too large\): make room"):
-            files.region_maps(images, path, size=16, num_segments=20)
+        with pytest.raises(UsageError, match=r"cannot write .*partial \(File too large\): make room"):
+            region_maps(images, path, size=16, num_segments=20)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     calls = []
     monkeypatch.setattr(r2o, "slic_regions", lambda *a, slic=r2o.slic_regions: calls.append(1) or slic(*a))
-    files.region_maps(images, path, size=16, num_segments=20)
+    region_maps(images, path, size=16, num_segments=20)
     assert len(calls) == 24 - 10
 
 
 def test_a_sample_whose_image_is_lost_is_replaced_by_the_next(tmp_path, capsys):
     for i in range(4):
         picture(i).save(tmp_path / f"{i}.png")
-    images = files.list_images(tmp_path)
-    maps, header = files.region_maps(images, tmp_path / "regions.npy", size=14)
-    data = r2o.ImageRegions(images, maps, header, size=32)
+    images = list_images(tmp_path)
+    maps, header = region_maps(images, tmp_path / "regions.npy", size=14)
+    data = ImageRegions(images, maps, header, size=32)
     (tmp_path / "3.png").unlink()
     sample = data[0, 3]
     assert sample["unreadable"] and not data[0, 0]["unreadable"]
@@ -307,14 +315,14 @@ def test_a_sample_whose_image_is_lost_is_replaced_by_the_next(tmp_path, capsys):
     assert "3.png" in capsys.readouterr().err
     for i in range(3):
         (tmp_path / f"{i}.png").unlink()
-    with pytest.raises(r2o.UsageError, match="can no longer be read: is the disk still there"):
+    with pytest.raises(UsageError, match="can no longer be read: is the disk still there"):
         data[0, 2]
 
 
 def test_maps_begun_for_something_else_in_between_are_not_taken_for_these(photos, tmp_path, monkeypatch):
     """Progress of 20 segments, then a start with 5 that is killed before it saves any, then 20 again."""
-    images, path, slic = files.list_images(photos), tmp_path / "regions.npy", r2o.slic_regions
-    want = np.array(files.region_maps(images, tmp_path / "whole.npy", size=16, num_segments=20)[0])
+    images, path, slic = list_images(photos), tmp_path / "regions.npy", r2o.slic_regions
+    want = np.array(region_maps(images, tmp_path / "whole.npy", size=16, num_segments=20)[0])
 
     def interrupted(after):
         calls = []
@@ -329,11 +337,11 @@ def test_maps_begun_for_something_else_in_between_are_not_taken_for_these(photos
 
     for segments, after, seconds in ((20, 10, 0), (5, 6, 99)):
         monkeypatch.setattr(r2o, "slic_regions", interrupted(after))
-        monkeypatch.setattr(files, "SAVE_SECONDS", seconds)
+        monkeypatch.setattr(cache, "SAVE_SECONDS", seconds)
         with pytest.raises(KeyboardInterrupt):
-            files.region_maps(images, path, size=16, num_segments=segments)
+            region_maps(images, path, size=16, num_segments=segments)
     monkeypatch.setattr(r2o, "slic_regions", slic)
-    assert np.array_equal(files.region_maps(images, path, size=16, num_segments=20)[0], want)
+    assert np.array_equal(region_maps(images, path, size=16, num_segments=20)[0], want)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +350,7 @@ def test_maps_begun_for_something_else_in_between_are_not_taken_for_these(photos
         (lambda p: p.with_suffix(".json").write_text("[]"), "are damaged: delete"),
         (lambda p: np.save(p, np.zeros((23, 16, 16), np.uint8)), "are damaged: delete"),
         (lambda p: p.write_bytes(b""), "cannot read the region maps"),
-        (lambda p: p.with_suffix(".json").unlink(), "has no header .*regions.json: delete it"),
+        (lambda p: p.with_suffix(".json").unlink(), r"cannot read the region maps .*No such file.*: delete"),
         (
             lambda p: (p.unlink(), p.with_suffix(".json").unlink(), p.with_suffix(".progress").touch()),
             "progress is damaged",
@@ -350,11 +358,11 @@ def test_maps_begun_for_something_else_in_between_are_not_taken_for_these(photos
     ],
 )
 def test_damaged_maps_are_refused_in_one_line(photos, tmp_path, spoil, said):
-    images, path = files.list_images(photos), tmp_path / "regions.npy"
-    files.region_maps(images, path, size=16, num_segments=20)
+    images, path = list_images(photos), tmp_path / "regions.npy"
+    region_maps(images, path, size=16, num_segments=20)
     spoil(path)
-    with pytest.raises(r2o.UsageError, match=said):
-        files.region_maps(images, path, size=16, num_segments=20)
+    with pytest.raises(UsageError, match=said):
+        region_maps(images, path, size=16, num_segments=20)
 
 
 def test_what_is_no_file_is_no_image_and_odd_names_can_be_said(tmp_path, capsys):
@@ -364,7 +372,7 @@ def test_what_is_no_file_is_no_image_and_odd_names_can_be_said(tmp_path, capsys)
     (tmp_path / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"no image")
     for i in range(200):
         picture(0, (4, 4)).save(tmp_path / f"{i}.png")
-    images = files.list_images(tmp_path)
+    images = list_images(tmp_path)
     assert len(images) == 202
-    _, header = files.region_maps(images, tmp_path / "regions.npy", prior="grid", size=14)
+    _, header = region_maps(images, tmp_path / "regions.npy", prior="grid", size=14)
     assert len(header["unreadable"]) == 2 and "caf?.jpg" in capsys.readouterr().out

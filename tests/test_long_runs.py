@@ -17,10 +17,11 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, command, load, run, same
 
-import files
-import processes
 import r2o
 import train
+from runtime import checkpoint, distributed, report
+from runtime.progress import NonFiniteGuard, Progress
+from runtime.storage import save_atomically, try_lock
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -70,7 +71,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_bits(photos, f
         assert_same_end(end, finished[0])
         maps = [np.load(path / "regions.npy") for path in (end, finished[0])]
         assert np.array_equal(*maps)
-    assert re.search(r"going on after step \d+, [12] of 3 in", (tmp_path / "out.log").read_text())  # inside an epoch
+    assert re.search(r"resuming after step \d+, [12] of 3 in", (tmp_path / "out.log").read_text())  # inside an epoch
 
 
 # ---- stop signals ----------------------------------------------------------------------------------------------------
@@ -84,10 +85,10 @@ def test_a_stop_signal_saves_at_the_next_step_and_exits_with_75(photos, finished
     wait_for((out / "last.pth").exists, process)
     os.killpg(process.pid, number)
     printed = process.communicate(timeout=60)[0]
-    assert process.returncode == processes.STOPPED == 75, printed
-    saved = int(re.search(r"told to stop: saved after step (\d+)", printed)[1])
+    assert process.returncode == distributed.STOPPED == 75, printed
+    saved = int(re.search(r"stop requested: saved after step (\d+)", printed)[1])
     assert 3 < saved < 9 and load(out / "last.pth")["step"] == saved and "Traceback" not in printed
-    assert f"going on after step {saved}" in run(photos, out)
+    assert f"resuming after step {saved}" in run(photos, out)
     assert_same_end(out, finished[0])
 
 
@@ -99,7 +100,7 @@ def test_torchrun_told_to_stop_saves_before_it_ends(photos, tmp_path, whom):
     wait_for((out / "last.pth").exists, process)
     os.kill(process.pid if whom == "torchrun" else children(process)[1], signal.SIGTERM)
     printed = process.communicate(timeout=60)[0]
-    assert printed.count("told to stop: saved after step") == 1, printed
+    assert printed.count("stop requested: saved after step") == 1, printed
     assert load(out / "last.pth")["step"] == int(re.search(r"saved after step (\d+)", printed)[1])
 
 
@@ -136,8 +137,8 @@ def test_the_checkpoint_before_is_used_where_the_last_is_torn(photos, finished, 
     torn(copy / "last.pth", how)
     train.main(["--data", str(photos), "--out", str(copy), *SMALL])
     said = capsys.readouterr()
-    assert "last.pth is not a checkpoint that can be loaded" in said.err and "going on from" in said.err
-    assert "going on after step 6" in said.out
+    assert "last.pth is not a checkpoint that can be loaded" in said.err and "resuming from" in said.err
+    assert "resuming after step 6" in said.out
     assert_same_end(copy, finished[0], logs=False)
     assert (copy / "last.pth.damaged").exists()
 
@@ -147,7 +148,7 @@ def test_a_run_killed_between_two_renames_goes_on_from_the_checkpoint_before(
 ):
     (copy / "last.pth").unlink()
     train.main(["--data", str(photos), "--out", str(copy), *SMALL])
-    assert "going on after step 6" in capsys.readouterr().out
+    assert "resuming after step 6" in capsys.readouterr().out
     assert_same_end(copy, finished[0], logs=False)
 
 
@@ -169,28 +170,28 @@ def test_a_full_disk_costs_neither_the_checkpoint_before_nor_the_run(photos, fin
     full = start(argv, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     printed = full.communicate(timeout=100)[0]
     assert full.returncode == 0, printed
-    assert printed.count("last.pth (File too large): the one before stays") == 3
+    assert printed.count("last.pth (File too large): the previous one is kept") == 3
     assert not list(out.glob("last.pth*"))
     assert same(load(out / "r2o.pth")["state_dict"], load(finished[0] / "r2o.pth")["state_dict"])
 
 
 def test_a_stop_signal_on_a_full_disk_is_no_success(photos, finished, tmp_path, refuse, monkeypatch):
-    monkeypatch.setattr(train, "take_step", lambda *a, take=train.take_step, **k: (*take(*a, **k)[:2], True))
-    monkeypatch.setattr(files, "attempt", lambda *a, **k: False)
-    assert "told to stop, but" in refuse("--data", photos, "--out", tmp_path, *SMALL, "--workers", "0")
+    monkeypatch.setattr(distributed, "agree", lambda finite, stop: (True, True))
+    monkeypatch.setattr(checkpoint, "save_or_warn", lambda *a, **k: False)
+    assert "stop requested, but" in refuse("--data", photos, "--out", tmp_path, *SMALL, "--workers", "0")
 
 
 def test_saving_keeps_what_was_there_and_leaves_nothing_half_written(tmp_path):
     path, before = tmp_path / "last.pth", tmp_path / "previous.pth"
-    r2o.save_atomically(path, lambda f: f.write(b"one"), keep=before)
+    save_atomically(path, lambda f: f.write(b"one"), keep=before)
     assert not before.exists()
-    r2o.save_atomically(path, lambda f: f.write(b"two"), keep=before)
+    save_atomically(path, lambda f: f.write(b"two"), keep=before)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10000, hard))
     try:
         for write in (lambda f: f.write(b"x" * 20000), lambda f: torch.save({"x": torch.rand(10000)}, f)):
             with pytest.raises(OSError):
-                r2o.save_atomically(path, write, keep=before)
+                save_atomically(path, write, keep=before)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (path.read_bytes(), before.read_bytes()) == (b"two", b"one") and len(list(tmp_path.iterdir())) == 2
@@ -198,21 +199,22 @@ def test_saving_keeps_what_was_there_and_leaves_nothing_half_written(tmp_path):
 
 def test_another_learning_rate_is_refused_until_it_is_meant(photos, copy, refuse):
     flags = ["--data", photos, "--out", copy, *SMALL, "--lr", "0.5"]
-    assert "--lr 1.0, now it is 0.5: pass --lr 1.0 to go on, or another --out to start anew (or --changed)" in refuse(
+    assert "--lr 1.0, now it is 0.5: pass --lr 1.0 to resume, or another --out to start anew (or --changed)" in refuse(
         *flags
     )
     assert "step 9" in run(photos, copy, "--lr", "0.5", "--changed")
 
 
 def test_two_runs_do_not_share_an_out_folder(photos, tmp_path, refuse, monkeypatch):
-    hold = "import files, sys, time; lock = files.try_lock(sys.argv[1]); print(lock, flush=True); time.sleep(99)"
+    hold = "import sys, time; from runtime.storage import try_lock; lock = try_lock(sys.argv[1]); "
+    hold += "print(lock, flush=True); time.sleep(99)"
     other = start([sys.executable, "-c", hold, str(tmp_path / ".lock")])
     assert "lock" in other.stdout.readline()
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # does not wait for its end
     assert "another run is writing to" in refuse("--data", photos, "--out", tmp_path, *SMALL)
     other.kill()
     other.wait()
-    assert files.try_lock(tmp_path / ".lock")  # died with it
+    assert try_lock(tmp_path / ".lock")  # died with it
 
 
 # ---- steps that are not finite ---------------------------------------------------------------------------------------
@@ -274,18 +276,30 @@ def test_skipped_steps_leave_no_trace_and_are_counted_in_a_row_only(photos, tmp_
         calls.append(1)
         return augment(*args) * (float("nan") if len(calls) % 2 == 0 else 1)
 
-    def take_step(ddp, optimizer, *args, take=train.take_step):
-        def everything():
-            floats = {n: x.clone() for n, x in ddp.state_dict().items() if x.is_floating_point()}
-            return floats, [s["momentum"].clone() for s in optimizer.state.values()]
+    class Guard(NonFiniteGuard):
+        def remember(self):
+            super().remember()
+            self.at_first = everything()
 
-        before = everything()
-        watch, skip, stop = take(ddp, optimizer, *args)
-        states.append((skip, same(before, everything())))
-        return watch, skip, stop
+    class Counter(Progress):
+        def add(self, stats, finite):
+            super().add(stats, finite)
+            states.append((not finite, same(guard[0].at_first, everything())))
 
+    def build(*args, build=train.build):
+        built.extend(build(*args))
+        return built
+
+    def everything():
+        model, _, optimizer = built
+        floats = {n: x.clone() for n, x in model.state_dict().items() if x.is_floating_point()}
+        return floats, [s["momentum"].clone() for s in optimizer.state.values()]
+
+    built, guard = [], []
     monkeypatch.setattr(r2o, "augment", augment)
-    monkeypatch.setattr(train, "take_step", take_step)
+    monkeypatch.setattr(train, "build", build)
+    monkeypatch.setattr(train, "Progress", Counter)
+    monkeypatch.setattr(train, "NonFiniteGuard", lambda *args: guard.append(Guard(*args)) or guard[0])
     train.main(["--data", str(photos), "--out", str(tmp_path), *SMALL, "--workers", "0", "--epochs", "8"])
     assert states == [(False, False), (True, True)] * 12
 
@@ -317,9 +331,9 @@ def test_a_collapse_is_said(photos, tmp_path, monkeypatch, capsys):
 
 def test_each_alarm_has_its_sign():
     fine = {"spread": 0.8, "pairs": 5.0, "K": 4, "largest": 0.4, "skipped": 0}
-    assert train.alarms(fine) == []
+    assert report.alarms(fine) == []
     for sign in ({"spread": 0.01}, {"pairs": 0.0}, {"largest": 0.99}, {"skipped": 2}):
-        assert len(train.alarms(fine | sign)) == 1
+        assert len(report.alarms(fine | sign)) == 1
 
 
 # ---- many processes --------------------------------------------------------------------------------------------------
@@ -335,12 +349,12 @@ def test_torchrun_goes_on_after_a_worker_was_killed(photos, tmp_path):
             os.kill(children(process)[-1], signal.SIGKILL)
         printed = process.communicate(timeout=150)[0]
         assert process.returncode == 0, printed
-        assert ("going on after step" in printed) == (name == "hurt")
+        assert ("resuming after step" in printed) == (name == "hurt")
     assert_same_end(tmp_path / "hurt", tmp_path / "whole")
 
 
 def test_two_nodes_train_together_and_one_goes_on_alone(photos, tmp_path):
-    """Two torchruns that meet at a rendezvous, as on two machines; one is lost, with all its processes."""
+    """Two torchruns that meet at a rendezvous, as on two machines; one is lost, with all its distributed."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
@@ -358,7 +372,7 @@ def test_two_nodes_train_together_and_one_goes_on_alone(photos, tmp_path):
     printed = first.communicate(timeout=120)[0]
     printed += second.communicate()[0]
     assert first.returncode == 0, printed
-    assert "tiny on 2 x cpu" in printed and "tiny on 1 x cpu" in printed and "going on after step" in printed
+    assert "tiny on 2 x cpu" in printed and "tiny on 1 x cpu" in printed and "resuming after step" in printed
     assert (out / "r2o.pth").exists() and load(out / "last.pth")["step"] == 90
 
 
@@ -405,8 +419,9 @@ def test_a_program_that_fails_does_not_wait_for_its_workers(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import torch, processes\n"
-        "loader = torch.utils.data.DataLoader(range(99), num_workers=2, worker_init_fn=processes.deaf)\n"
+        "import torch\nfrom runtime import distributed\n"
+        "init = distributed.ignore_stop_signals\n"
+        "loader = torch.utils.data.DataLoader(range(99), num_workers=2, worker_init_fn=init)\n"
         "for x in loader:\n"
         "    kept = iter(loader)\n"
         "    raise ArithmeticError('as planned')\n"

@@ -14,10 +14,12 @@ from conftest import ROOT, SMALL, load, picture, run, same
 from PIL import Image
 from torchvision.models import resnet18
 
-import files
-import processes
 import r2o
 import train
+from runtime import cli, distributed, plan
+from runtime.images import list_images
+from runtime.loader import Batches, ImageRegions, copy_ahead
+from runtime.regions import region_maps
 
 
 def test_a_run_leaves_weights_log_checkpoint_and_film_strip(finished):
@@ -55,7 +57,7 @@ def test_a_finished_run_started_again_changes_nothing(photos, finished):
     weights = load(finished[0] / "r2o.pth")["state_dict"]
     with open(finished[0] / "log.jsonl", "a") as log:
         log.write('{"epoch": 4}\n{"epoch": 5, "lo')  # logged but not saved, and torn: both are dropped
-    assert "done already, after step 9" in run(photos, finished[0], "--keep-every", "2")
+    assert "already finished, after step 9" in run(photos, finished[0], "--keep-every", "2")
     assert {path.name: path.read_bytes() for path in finished[0].iterdir() if path.suffix != ".pth"} == before
     assert same(load(finished[0] / "r2o.pth")["state_dict"], weights)
 
@@ -71,17 +73,17 @@ def test_two_processes_train_together(photos, finished, tmp_path):
 
 @pytest.mark.parametrize("world, accum", [(3, 1), (1, 3), (2, 3)])
 def test_every_image_is_seen_once_an_epoch_whatever_the_number_of_processes_and_parts(world, accum):
-    whole = list(train.Batches(50, 12, range(8), seed=1))
+    whole = list(Batches(50, 12, range(8), seed=1))
     assert len(whole) == 8
     for epoch in (0, 1):
         seen = [i for batch in whole[4 * epoch : 4 * epoch + 4] for _, i in batch]
         assert len(seen) == len(set(seen)) == 48
         assert {e for batch in whole[4 * epoch : 4 * epoch + 4] for e, _ in batch} == {epoch}
     assert whole[:4] != whole[4:]
-    shares = [list(train.Batches(50, 12, range(8), 1, r, world, accum)) for r in range(world)]
+    shares = [list(Batches(50, 12, range(8), 1, r, world, accum)) for r in range(world)]
     parts = [[i for share in part for i in share] for part in zip(*shares, strict=True)]  # of all processes
     assert [[i for part in parts[at : at + accum] for i in part] for at in range(0, 8 * accum, accum)] == whole
-    resumed = list(train.Batches(50, 12, range(5, 8), 1, 0, world, accum))  # inside the second epoch
+    resumed = list(Batches(50, 12, range(5, 8), 1, 0, world, accum))  # inside the second epoch
     assert resumed == shares[0][5 * accum :]
 
 
@@ -114,14 +116,14 @@ def test_four_steps_of_training_are_what_they_are_written_to_be(photos, tmp_path
             "0",
         ]
     )
-    images = files.list_images(photos)
-    maps, header = files.region_maps(images, tmp_path / "regions.npy", num_segments=20, size=8)
-    data = r2o.ImageRegions(images, maps, header, 32, seed=7)
+    images = list_images(photos)
+    maps, header = region_maps(images, tmp_path / "regions.npy", num_segments=20, size=8)
+    data = ImageRegions(images, maps, header, 32, seed=7)
     torch.manual_seed(7)
     model = r2o.R2O("tiny", header["num_regions"], kmeans_group=4, assign="region", hidden=16, dim=8)
     model = model.to(memory_format=torch.channels_last)
     optimizer = r2o.LARS([p for p in model.parameters() if p.requires_grad], lr=0, weight_decay=0.1)
-    for step, batch in enumerate(train.Batches(24, 12, range(4), 7)):
+    for step, batch in enumerate(Batches(24, 12, range(4), 7)):
         samples = [data[key] for key in batch]
         x = {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
         views, flips, factors = (torch.cat([x[n][:, 0], x[n][:, 1]]) for n in ("views", "flips", "factors"))
@@ -175,10 +177,10 @@ def test_one_batch_can_be_overfitted():
         (["--batch-size", "6"], "6 images per process do not divide into K-means groups of 4"),
         (["--k-start", "900"], "900 clusters are more than the regions of one K-means (4 images of at most"),
         (["--size", "40"], "pass a multiple of 32"),
-        (["--epochs", "0"], "--epochs must be at least 1"),
-        (["--workers", "-1"], "--workers must be 0 or more, got -1"),
-        (["--lr", "nan"], "--lr must be 0 or more, got nan"),
-        (["--accum", "3"], "cannot share --batch-size 8 in 3 parts: pass a multiple of 3"),
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--workers", "-1"], "--workers must be at least 0, got -1"),
+        (["--lr", "nan"], "--lr must be at least 0, got nan"),
+        (["--accum", "3"], "cannot share --batch-size 8 in 3 micro-batches: pass a multiple of 3"),
         (["--out", "/dev/null/out"], "cannot make the folder /dev/null/out (Not a directory): pass another"),
     ],
 )
@@ -246,19 +248,21 @@ def test_a_dry_run_says_what_it_costs_and_writes_nothing(photos, tmp_path, capsy
     train.main(["--data", str(photos), "--out", str(tmp_path / "out"), *SMALL, "--dry-run", "--accum", "2"])
     said = capsys.readouterr().out
     assert "24 images: 3 epochs of 3 steps, 9 in all" in said
-    assert "batches of 8: 1 process(es) x 2 part(s) x 4 images, 2 K-means of 4 images a step" in said
-    assert re.search(r"3 steps took [\d.e-]+ s each .* images/s, [\d.e-]+ \w+ in all", said)
+    assert "batches of 8: 1 process(es) x 2 micro-batch(es) x 4 images, 2 K-means of 4 images per step" in said
+    assert re.search(r"3 steps took [\d.e-]+ s each .* images/s, [\d:]+ in all", said)
     assert not (tmp_path / "out").exists()
 
 
 def test_the_plan_of_the_papers_run(capsys, monkeypatch, tmp_path):
     """K of Fig. 5; the learning rate 0.3 * 4096 / 256 * K / 16; 4 GB of region maps."""
-    monkeypatch.setattr(processes, "cores", lambda: 64)
-    train.print_plan(train.parse_args(["--data", "x"]), 8, 1281167, tmp_path / "regions.npy", 0.02)
+    monkeypatch.setattr(distributed, "cores", lambda: 64)
+    schedule = train.make_schedule(train.parse_args(["--data", "x"]), 1281167)
+    plan.print_plan(schedule, 1281167, world=8, accum=1, group=32)
+    plan.print_maps_plan(tmp_path / "regions.npy", 1281167, 56, seconds_per_map=0.02)
     said = capsys.readouterr().out
     assert "1,281,167 images: 300 epochs of 312 steps, 93,600 in all" in said
-    assert "batches of 4096: 8 process(es) x 1 part(s) x 512 images, 128 K-means of 32 images a step" in said
-    assert "region maps: 4.02 GB" in said and "6.67 minutes on 64 cores" in said
+    assert "batches of 4096: 8 process(es) x 1 micro-batch(es) x 512 images, 128 K-means of 32 images per step" in said
+    assert "region maps: 4.02GB" in said and "06:40 on 64 cores" in said
     table = {
         int(row.split()[0]): row.split()[1:]
         for row in said.splitlines()
@@ -272,7 +276,7 @@ def test_the_plan_of_the_papers_run(capsys, monkeypatch, tmp_path):
 def test_a_dry_run_refuses_what_does_not_fit_the_memory(photos, tmp_path, refuse, monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: 1000)
     said = refuse("--data", photos, "--out", tmp_path / "out", *SMALL, "--dry-run")
-    assert "too little memory (about" in said and "of 1 MB that there are): raise --accum" in said
+    assert "too little memory (about" in said and "of 1.00MB): raise --accum" in said
 
 
 def test_the_memory_that_is_foreseen_is_that_which_is_taken():
@@ -293,7 +297,7 @@ def test_the_memory_that_is_foreseen_is_that_which_is_taken():
     del kept
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     expected = weights + sum(n for storage, n in alive.items() if storage not in own) + 5 * 6 * 12 * 64**2
-    assert train.memory(model, 5, 64, torch.device("cpu")) == pytest.approx(expected, rel=0.02)
+    assert plan.training_memory(model, 5, 64, torch.device("cpu")) == pytest.approx(expected, rel=0.02)
 
 
 def test_accumulated_parts_count_as_one_step(photos, tmp_path):
@@ -311,10 +315,10 @@ def test_accumulated_parts_count_as_one_step(photos, tmp_path):
 
 def test_no_two_samples_of_an_epoch_are_augmented_alike(photos, tmp_path):
     """Whichever process draws them."""
-    images = files.list_images(photos)
-    maps, header = files.region_maps(images, tmp_path / "regions.npy", prior="grid", size=8)
-    data = r2o.ImageRegions(images, maps, header, size=32)
-    keys = [key for r in range(4) for batch in train.Batches(24, 8, range(3), 0, r, 4) for key in batch]
+    images = list_images(photos)
+    maps, header = region_maps(images, tmp_path / "regions.npy", prior="grid", size=8)
+    data = ImageRegions(images, maps, header, size=32)
+    keys = [key for r in range(4) for batch in Batches(24, 8, range(3), 0, r, 4) for key in batch]
     boxes = torch.stack([data[key]["boxes"] for key in keys])
     assert len(keys) == 24 and len(boxes.flatten(1).unique(dim=0)) == 24
 
@@ -333,7 +337,7 @@ def test_tensorboard_gets_what_the_log_gets(photos, tmp_path):
 
 
 def test_without_tensorboard_asking_for_it_is_refused(photos, refuse, monkeypatch):
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     assert "pip install tensorboard" in refuse("--data", photos, *SMALL, "--tensorboard")
 
 
@@ -356,7 +360,7 @@ def test_a_compiled_encoder_trains_as_the_plain_one(photos, tmp_path, monkeypatc
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_batches_copied_ahead_to_a_gpu_are_those_of_the_loader():
     batches = [{"image": torch.full((4, 8), i).pin_memory(), "factors": torch.full((4,), i)} for i in range(5)]
-    for i, batch in enumerate(train.to_device(iter(batches), torch.device("cuda"))):
+    for i, batch in enumerate(copy_ahead(iter(batches), torch.device("cuda"))):
         assert batch["image"].is_cuda and (batch["image"] == i).all()
         assert batch["factors"].device.type == "cpu" and (batch["factors"] == i).all()
     assert i == 4

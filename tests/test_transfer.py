@@ -1,7 +1,5 @@
-"""transfer/segment.py and detect.py, Tables 1, 2, 5, 6: networks, data, measures, runs and resumption, bad input."""
+"""evals/segment.py and evals/detect.py, Tables 1, 2, 5, 6: networks, data, measures, runs and resumption, bad input."""
 
-import argparse
-import contextlib
 import json
 import subprocess
 import sys
@@ -14,14 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import evaluation
-import processes
 import r2o
-
-sys.path.insert(0, str(ROOT / "transfer"))
-import detect
-import finetune
-import segment
+from evals import detect, finetune, measures, segment, truth
+from runtime import distributed
 
 refused_segment, refused_detect = refused_by(segment), refused_by(detect)
 
@@ -183,7 +176,7 @@ def test_miou_by_hand():
     """Class 0: 2 of 4; class 1: 1 of 3; class 2 is neither there nor predicted; void counts for nothing."""
     truth = torch.tensor([[0, 0, 1, 1, 0, 255]])
     predicted = torch.tensor([[0, 0, 1, 0, 1, 2]])
-    ious = segment.class_ious(segment.count_pairs(predicted, truth, 3))
+    ious = measures.class_ious(measures.confusion(predicted, truth, 3, 255))
     assert ious[0] == 2 / 4 and ious[1] == 1 / 3 and ious[2].isnan()
 
 
@@ -206,7 +199,7 @@ def test_a_run_learns_its_training_images_and_says_how_well(shapes, tmp_path, ca
     good = [one["mIoU"] for one in found["runs"]["0.05"]]
     assert min(good) > 70 > 50 > max(one["mIoU"] for one in found["runs"]["1e-06"])
     spread = np.std(good, ddof=1)
-    row = f"ours: mIoU {np.mean(good):.2f} ± {spread:.2f} (n = 2, lr 0.05) | theirs: Table 1, mIoU 77.3"
+    row = f"ours: mIoU {np.mean(good):.2f} ± {spread:.2f} (n = 2, lr 0.05) | paper: mIoU 77.3 (Table 1)"
     assert row in printed.splitlines()[-1]
     each = json.loads((out / "lr0.05-seed1/result.json").read_text())["IoU"]
     assert each["bottle"] > 50 and each["cat"] is None
@@ -216,18 +209,12 @@ def test_a_run_learns_its_training_images_and_says_how_well(shapes, tmp_path, ca
 def stopped_after(monkeypatch, program, steps, flags):
     """Runs until a stop signal comes during step `steps`."""
 
-    class Told(list):
-        asked = 0
-
-        def __bool__(self):
-            self.asked += 1
-            return self.asked >= steps
-
+    asked = []
     with monkeypatch.context() as patch:
-        patch.setattr(processes, "stop_signals", lambda: contextlib.nullcontext(Told()))
+        patch.setattr(distributed, "agree", lambda finite, stop: (True, asked.append(1) or len(asked) >= steps))
         with pytest.raises(SystemExit) as stop:
             program.main(flags)
-    assert stop.value.code == processes.STOPPED
+    assert stop.value.code == distributed.STOPPED
 
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(shapes, tmp_path, monkeypatch):
@@ -281,9 +268,9 @@ def test_another_encoder_under_the_same_name_is_not_taken_for_the_one_before(sha
 def test_seeds_scales_and_steps_are_what_the_flags_say(shapes, coco, tmp_path, monkeypatch):
     calls = []
 
-    def fit(model, data, collate, loss_of, out, settings, fingerprint, args, lr, seed, drops, warmup=0):
+    def fit(run, model, fingerprint, data, loss_of, drops, warmup=0, collate=None):
         calls.append((model, data, loss_of, drops, warmup))
-        return False
+        raise finetune.Stopped
 
     monkeypatch.setattr(finetune, "fit", fit)
     for program, flags in (
@@ -302,9 +289,9 @@ def test_seeds_scales_and_steps_are_what_the_flags_say(shapes, coco, tmp_path, m
     _, labels = batch = [torch.stack(x) for x in zip(data[0, 0], data[1, 0], strict=True)]
     labels[0, 8:] = 255
     seen = []
-    loss = loss_of(lambda x: seen.append(x) or torch.zeros(2, 21, 50, 50), batch, torch.device("cpu"))
+    loss = loss_of(lambda x: seen.append(x) or torch.zeros(2, 21, 50, 50), batch)
     assert loss == pytest.approx(np.log(21)) and torch.equal(seen[0], r2o.normalize(batch[0]))
-    detect_loss(lambda x, t: seen.append(x) or {"loss": torch.ones(())}, [boxes[0, 0]], torch.device("cpu"))
+    detect_loss(lambda x, t: seen.append(x) or {"loss": torch.ones(())}, [boxes[0, 0]])
     assert 0.5 < seen[1][0].max() <= 1 and rcnn.transform.size_divisible == 64
     mirrored = {
         finetune.crop(np.random.default_rng(i), *[torch.zeros(3, 9, 9).byte()] * 2, (9, 9), 9, 0)[2] for i in range(9)
@@ -315,7 +302,7 @@ def test_seeds_scales_and_steps_are_what_the_flags_say(shapes, coco, tmp_path, m
 def test_two_processes_train_and_evaluate_together(shapes, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     more = ["--data", str(shapes), "--out", str(tmp_path), "--epochs", "2", "--lr", "0.01", "--seeds", "0"]
-    command = [*launch, "transfer/segment.py", *SEGMENT, *more]
+    command = [*launch, "-m", "evals.segment", *SEGMENT, *more]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     together = results(tmp_path)["runs"]["0.01"][0]["mIoU"]
@@ -333,15 +320,17 @@ def test_segment_refuses_what_does_not_fit(shapes, tmp_path, refused_segment):
     assert "--epochs must be at least 0" in said("--epochs", -1)
     assert "--scales" in said("--scales", 2, 1)
     assert "must all be different" in said("--seeds", 0, 0) and "must all be different" in said("--lr", 1, 1)
-    assert "seeds 0 or more" in said("--seeds", -1)
+    assert "--seeds must be at least 0" in said("--seeds", -1)
     assert "cannot open valid" in said("--val-split", "valid")
     assert "is neither: expected the folder of VOCdevkit" in said(data=tmp_path)
-    assert "is a folder" in said("--ckpt", tmp_path) and "export.py --to r2o" in said("--ckpt", "r2o.pkl")
-    assert "matches" in said("--ckpt", weights(tmp_path)) and "no such checkpoint" in said("--ckpt", "nowhere.pth")
+    assert "is a folder" in said("--ckpt", tmp_path) and "no such checkpoint" in said("--ckpt", "r2o.pkl")
+    assert "of tiny matched" in said("--ckpt", weights(tmp_path)) and "no such checkpoint" in said(
+        "--ckpt", "nowhere.pth"
+    )
     done = ["--data", shapes, "--out", tmp_path / f"out-{shapes.name}", "--seeds", 0, "--epochs", 1]
     segment.main([str(f) for f in (*SEGMENT, *done)])
     line = said("--epochs", 2)
-    assert "was trained with epochs 1, now it is 2: pass another --out" in line
+    assert "was trained with --epochs 1, now it is 2: pass --epochs 1 to resume" in line
     broken = voc(tmp_path / "broken", 2)
     label = broken / "VOCdevkit/VOC2012/SegmentationClass/1.png"
     Image.fromarray(np.full((64, 80), 77, np.uint8)).save(label)
@@ -417,8 +406,8 @@ def objects_of(coco):
 
 def test_crowds_and_empty_images_are_not_trained_on_but_evaluated(coco):
     data = objects_of(coco)
-    assert [row["id"] for row in data.rows] == [10, 11, 12, 13, 14, 15]
-    assert all(not a["iscrowd"] for row in data.rows for a in row["annotations"]) and data.coco is None
+    assert [data.row(i)["id"] for i in range(len(data))] == [10, 11, 12, 13, 14, 15]
+    assert all(not a["iscrowd"] for i in range(len(data)) for a in data.row(i)["annotations"]) and data.coco is None
     assert len(detect.Objects(coco, "val2017", 96, trains=False)) == 7
 
 
@@ -429,7 +418,7 @@ def test_ap_of_the_truth_is_100_and_of_nothing_0(coco):
     found = []
     for a in val.coco.dataset["annotations"]:
         if not a["iscrowd"]:
-            code = rle.encode(np.asfortranarray(evaluation.decode(a["segmentation"], 60, 90).numpy()))
+            code = rle.encode(np.asfortranarray(truth.decode(a["segmentation"], 60, 90).numpy()))
             code["counts"] = code["counts"].decode()
             keys = {key: a[key] for key in ("image_id", "category_id", "bbox")}
             found.append(keys | {"score": 0.9, "segmentation": code})
@@ -450,7 +439,7 @@ def test_a_detector_trains_resumes_and_is_measured(coco, tmp_path, monkeypatch, 
 
     detect.main(flags("whole"))
     printed = capsys.readouterr().out
-    assert "| theirs: Table 1, box AP 41.7, mask AP 38.3" in printed and "box AP" in printed
+    assert "| paper: Table 1: box AP 41.7, mask AP 38.3" in printed and "box AP" in printed
     stopped_after(monkeypatch, detect, 2, flags("parts"))
     detect.main(flags("parts"))
     whole, parts = (load(tmp_path / name / "lr0.01-seed0/last.pth") for name in ("whole", "parts"))
@@ -464,7 +453,7 @@ def test_two_processes_detect_together(coco, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     more = ["--data", str(coco), "--out", str(tmp_path), "--epochs", "1"]
     done = subprocess.run(
-        [*launch, "transfer/detect.py", *DETECT, *more], cwd=ROOT, capture_output=True, text=True, timeout=200
+        [*launch, "-m", "evals.detect", *DETECT, *more], cwd=ROOT, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
     file = tmp_path / "lr0.01-seed0/detections.json"
@@ -491,7 +480,7 @@ def test_detections_are_in_the_image_s_pixels_and_coco_s_categories(coco):
             return [{"boxes": box, "labels": torch.tensor([2]), "scores": torch.tensor([0.7]), "masks": mask}]
 
     val = detect.Objects(coco, "val2017", 96, trains=False)
-    found = detect.find(Sees(), val, argparse.Namespace(workers=0))
+    found = detect.find_objects(Sees(), val, workers=0)
     assert [one["image_id"] for one in found] == [10, 11, 12, 13, 14, 15, 50]
     assert found[0]["category_id"] == 90 and found[0]["bbox"] == [45, 0, 45, 30]
     _, predicted, truth = detect.picture(val, 1, found)
@@ -515,7 +504,7 @@ def test_detect_refuses_what_does_not_fit(coco, tmp_path, refused_detect):
         return tmp_path
 
     assert "--size must be a multiple of 32" in said("--size", 70)
-    assert "--warmup 0 or more" in said("--warmup", -1)
+    assert "--warmup must be at least 0" in said("--warmup", -1)
     assert "larger than the data (6 images)" in said("--batch-size", 7)
     assert "cannot read" in said("--val-split", "test2017")
     assert "has no annotations" in said(data=mended(annotations=[]))

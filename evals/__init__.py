@@ -1,0 +1,1 @@
+"""The paper's evaluations and transfers, as programs: python -m evals.knn, torchrun … -m evals.segment."""

@@ -1,0 +1,157 @@
+"""What the evaluations share: the encoder under test, Table 3's protocol, masks in pictures, a row of a table."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import r2o
+from evals.measures import match_foreground, segment_images
+from evals.truth import read_ids, readable
+from runtime.checkpoint import load_file
+from runtime.cli import Parser, need
+from runtime.images import read_image
+from runtime.pictures import enlarge, paint
+from runtime.weights import load_encoder
+
+NO_FOREGROUND = "no mask has any foreground: expected one above half of 255, or ids above 0"
+
+
+def add_encoder_flags(p: Parser):
+    ckpt = "r2o.pth, last.pth, ResNet weights of torchvision, timm, MMSegmentation or Detectron2, or the word random"
+    p.add_argument("--ckpt", required=True, help=ckpt)
+    p.add_argument("--arch", choices=r2o.ARCHS, help="encoder for --ckpt random (default: resnet50); files tell theirs")
+
+
+def calibrated_encoder(ckpt: str, arch: str | None, batches, device: torch.device) -> tuple[nn.Module, str]:
+    """--ckpt's encoder on `device`, and a line about it. batches: of normalised images, to calibrate a random one."""
+    encoder, line = load_encoder(ckpt, arch)
+    encoder = encoder.to(device)
+    if ckpt == "random":
+        line += ", batch norm statistics measured on these images"
+        calibrate(encoder, (images.to(device) for images in batches))
+    return encoder, line
+
+
+@torch.no_grad()
+def calibrate(encoder: nn.Module, batches):
+    """Measure an untrained encoder's batch norm statistics on batches of normalised images. These alone raise its
+    score; without this step, training would get the credit for them."""
+    norms = [m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # the plain average
+    encoder.train()
+    for images in batches:
+        r2o.encode(encoder, images)
+    encoder.eval()
+
+
+@torch.no_grad()
+def group_masks(encoder: nn.Module, images: Tensor, regions: Tensor, k: int, assign: str, seed: int) -> Tensor:
+    """Masks as in training, of one group of images that share K clusters. images: (B, 3, S, S) normalised. regions:
+    (B, h, w). Returns (B, H, W) for assign = "pixel", (B, h, w) for "region"."""
+    c4 = r2o.encode_c4(encoder, images)
+    uniforms = r2o.seeding_uniforms(1, k, torch.Generator().manual_seed(seed)).to(c4.device)
+    return r2o.predict_masks(c4, regions, k, uniforms, assign=assign)
+
+
+@dataclass
+class Tested:
+    """A checkpoint under test; epoch, and K(t) at its end, are None if it does not say."""
+
+    path: str
+    epoch: int | None
+    k: int | None
+    encoder: nn.Module
+    line: str  # describes it
+
+
+def open_checkpoints(ckpt: str, arch: str | None, images: list, size: int, device: torch.device) -> list[Tested]:
+    """A checkpoint, or all epoch_*.pth and r2o.pth in a folder, one per epoch. images: files, for calibrate()."""
+    paths = [ckpt]
+    if Path(ckpt).is_dir():
+        paths = [str(p) for p in [*sorted(Path(ckpt).glob("epoch_*.pth")), Path(ckpt, "r2o.pth")] if p.exists()]
+        need(paths, f"no epoch_*.pth or r2o.pth in {ckpt}: train with --keep-every 10, say")
+    found = {}
+    for path in paths:
+        file = load_file(path) if path.endswith(".pth") else {}
+        epoch, args, k = file.get("epoch"), file.get("args"), None
+        if isinstance(epoch, int) and isinstance(args, dict) and "k_start" in args:
+            names = ("epochs", "k_start", "k_end", "hold_epochs", "schedule")
+            k = r2o.num_clusters(epoch, *(args[name] for name in names))
+        encoder, line = calibrated_encoder(path, arch, square_batches(images, size), device)
+        print(f"{line}; ops: {r2o.extension(device)}", flush=True)
+        found[epoch if len(paths) > 1 else path] = Tested(path, epoch, k, encoder, line)
+    return sorted(found.values(), key=lambda one: one.epoch or 0)
+
+
+def mask_columns(wanted: list, images: Tensor, regions: Tensor, shown: list[int], device: torch.device) -> list:
+    """film_strip's columns of the `shown` images: image, prior, and masks as (label, encoder, K) in `wanted` say. All
+    images, (n, 3, S, S) uint8, share their clusters. regions: (n, h, w)."""
+    made = [("image", images[shown]), ("prior", paint(images[shown], regions[shown]))]
+    normalised, regions = r2o.normalize(images.to(device)), regions.to(device)
+    for label, encoder, k in wanted:
+        masks = group_masks(encoder, normalised, regions, k, "pixel", seed=0).cpu()
+        made.append((label, paint(images[shown], masks[shown])))
+    return made
+
+
+def read_square(path: str | Path, size: int) -> Tensor:
+    """A whole image, resized to (3, size, size) uint8 as in training, ignoring its aspect ratio."""
+    return r2o.resize(readable(read_image, path), size)
+
+
+def square_batches(paths: list, size: int):
+    """Normalised batches of at most 256 of the images, for calibrate()."""
+    for i in range(0, min(len(paths), 256), 32):
+        yield r2o.normalize(torch.stack([read_square(path, size) for path in paths[i : i + 32]]))
+
+
+def need_writable(*paths: str | Path | None):
+    """Fail early if an output cannot be written."""
+    for path in map(Path, filter(None, paths)):
+        writable = not path.is_dir() and os.access(path.absolute().parent, os.W_OK)
+        need(writable, f"cannot write {path}: expected a file in an existing folder that can be written to")
+
+
+def table_row(task: str, line: str, ours: str, paper: str) -> str:
+    """A row of a table: the task, the encoder, our figures, and the paper's."""
+    return f"| {task} | {line.rsplit(': ', 1)[0]} | ours: {ours} | paper: {paper} |"
+
+
+def segmented(encoder, pairs, k: int, layer: str, size: int, device, kind: str = "auto"):
+    """Yields, for each image, (image (3, S, S) uint8, segments (h, w), foreground's id, truth (h, w) bool, metrics)."""
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, len(pairs), 32):
+        batch = pairs[start : start + 32]
+        images = torch.stack([read_square(image, size) for image, _ in batch])
+        maps = segment_images(encoder, r2o.normalize(images.to(device)), k, layer, generator).cpu()
+        for i, (_, mask) in enumerate(batch):
+            ids = readable(lambda path: read_ids(path, kind), mask)
+            segments, truth = F.interpolate(maps[i : i + 1], ids.shape, mode="bilinear").argmax(1)[0], ids > 0
+            best, score = match_foreground(segments, k, truth, ids == -1)
+            yield images[i], segments, best, truth, score
+
+
+def mean_scores(scores: list[dict], n: int) -> dict[str, float]:
+    """scores: of the images that have a foreground, of n in all."""
+    need(scores, NO_FOREGROUND)
+    means = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
+    return means | {"n": len(scores), "without foreground": n - len(scores)}
+
+
+def pictures(image, segments, best, truth, _) -> list[Tensor]:
+    """One of segmented()'s results as pictures: image, segments, foreground, truth; everything else darkened."""
+    size = image.shape[-2:]
+    small, *masks = (enlarge(m, size) for m in (segments, segments == best, truth))
+    return [image, paint(image[None], small[None])[0], *((image * (0.2 + 0.8 * m)).to(torch.uint8) for m in masks)]
+
+
+def columns(shown: list[list[Tensor]], k: int) -> list[tuple[str, Tensor]]:
+    """Rows of pictures() as film_strip's columns."""
+    labels = "image", f"K = {k} segments", "foreground", "truth"
+    return [(label, torch.stack(column)) for label, column in zip(labels, zip(*shown, strict=True), strict=True)]

@@ -1,0 +1,231 @@
+"""Object detection and instance segmentation by a fine-tuned Mask R-CNN with FPN (Tables 1, 6; A.2), on COCO.
+
+    torchrun --nproc_per_node=8 -m evals.detect --ckpt out/r2o.pth --data /coco      # 1x: 12 epochs
+    torchrun --nproc_per_node=8 -m evals.detect --ckpt out/r2o.pth --data /coco --schedule 2x      # 24
+
+--data holds train2017, val2017 and annotations/instances_{train,val}2017.json. Images are mirrored, scaled so that
+their longer side has 0.8 to 1.25 times 1024 pixels, and cropped or padded to 1024 x 1024; for evaluation, scaled to
+1024 and padded. Box and mask AP are pycocotools'. Rerun the same command to resume.
+"""
+
+import contextlib
+import functools
+import io
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.ops import box_convert
+
+import r2o
+from evals import finetune
+from evals.truth import decode, load_coco, readable
+from runtime import cli, distributed
+from runtime.cli import natural, need, number
+from runtime.images import PackedList, read_image
+from runtime.storage import write_json
+
+EPOCHS = {"1x": 12, "2x": 24}
+PAPER = {"1x": "Table 1: box AP 41.7, mask AP 38.3", "2x": "Table 1: box AP 43.0, mask AP 39.3"}
+
+
+def parse_args(argv):
+    p = cli.Parser(__doc__)
+    p.add_argument("--data", required=True, type=Path, help="folder of train2017, val2017 and annotations")
+    finetune.add_flags(p, out="detect", batch_size=64, weight_decay=4e-5, epochs=None, lr=[0.1], seeds=[0])
+    p.add_argument("--schedule", default="1x", choices=EPOCHS, help="12 or 24 epochs, unless --epochs is given")
+    p.add_argument("--warmup", type=natural, default=500, help="steps in which the learning rate rises")
+    p.add_argument("--size", type=number(int, 32), default=1024, help="longer side of the images")
+    p.add_argument("--split", default="train2017", help="to train on")
+    p.add_argument("--val-split", default="val2017", help="to evaluate on")
+    args = p.parse_args(argv)
+    need(args.size % 32 == 0, f"--size must be a multiple of 32, got {args.size}")
+    args.epochs = EPOCHS[args.schedule] if args.epochs is None else args.epochs
+    return args
+
+
+def mask_rcnn(encoder: nn.Module, classes: int, size: int) -> MaskRCNN:
+    """torchvision's, with trained batch norm in backbone, FPN and mask head; the box head is two fully connected
+    layers, as in the authors' config. classes: without the background."""
+    widths = [r2o.channels(getattr(encoder, f"layer{i}")) for i in (1, 2, 3, 4)]
+    levels = {f"layer{i + 1}": str(i) for i in range(4)}
+    backbone = BackboneWithFPN(encoder, levels, widths, 256, norm_layer=nn.BatchNorm2d)
+    head = MaskRCNNHeads(256, (256,) * 4, 1, norm_layer=nn.BatchNorm2d)
+    net = MaskRCNN(backbone, classes + 1, min_size=size, max_size=size, size_divisible=size, mask_head=head)
+    # torchvision's RoIAlign infers each level's scale from the first image it sees, before padding, and keeps it; for a
+    # flat image that is wrong by a factor of 2. So show it a square one first.
+    with torch.no_grad():
+        levels = net.backbone.eval()(torch.zeros(1, 3, size, size))
+        for pool in (net.roi_heads.box_roi_pool, net.roi_heads.mask_roi_pool):
+            pool(levels, [torch.zeros(1, 4)], [(size, size)])
+    return net.train()
+
+
+class Objects(Dataset):
+    """COCO's images with their objects. [i]: the unchanged image and its id. [epoch, i], for training: (image (3, S, S)
+    uint8, Mask R-CNN's target), of images with objects that are not crowds; set `seed` first."""
+
+    def __init__(self, data: Path, split: str, size: int, trains: bool = True):
+        coco, rows = load_coco(data / split, data / "annotations" / f"instances_{split}.json")
+        self.size, self.seed = size, 0
+        self.categories = sorted(coco.cats)  # label i + 1 is categories[i]
+        self.label = {category: i + 1 for i, category in enumerate(self.categories)}
+        if trains:
+            rows = [row | {"annotations": [a for a in row["annotations"] if not a["iscrowd"]]} for row in rows]
+            rows = [row for row in rows if row["annotations"]]
+        self.rows = PackedList(map(pickle.dumps, rows))
+        self.coco = None if trains else coco  # millions of objects, which training workers would copy bit by bit
+
+    def __len__(self):
+        return len(self.rows)
+
+    def row(self, i: int) -> dict:
+        return pickle.loads(self.rows[i])
+
+    def whole(self, i: int) -> tuple[Tensor, int]:
+        row = self.row(i)
+        image = readable(read_image, row["path"])
+        (h, w), same = image.shape[1:], tuple(image.shape[1:]) == (row["height"], row["width"])
+        sizes = f"{w} x {h} pixels, its annotations {row['width']} x {row['height']}"
+        need(same, f"{row['path']} is {sizes}: expected the image that was annotated")
+        return image, row["id"]
+
+    def masks(self, i: int) -> Tensor:
+        """The masks of all objects of an image: (n, h, w) uint8."""
+        row = self.row(i)
+        return torch.stack([decode(a["segmentation"], row["height"], row["width"]) for a in row["annotations"]])
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int | dict[str, Tensor]]:
+        if isinstance(key, int):
+            return self.whole(key)
+        epoch, i = map(int, key)
+        image, _ = self.whole(i)
+        annotations, (h, w) = self.row(i)["annotations"], image.shape[1:]
+        rng = np.random.default_rng([self.seed, epoch, i])
+        scale = rng.uniform(0.8, 1.25) * self.size / max(h, w)
+        shape = max(1, round(scale * h)), max(1, round(scale * w))
+        image, masks, mirrored, top, left = finetune.crop(rng, image, self.masks(i), shape, self.size, 0)
+        x, y, width, height = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).unbind(1)
+        x = w - x - width if mirrored else x
+        boxes = torch.stack([x, y, x + width, y + height], 1)
+        boxes = boxes * torch.tensor([shape[1] / w, shape[0] / h] * 2) - torch.tensor([left, top] * 2)
+        boxes = boxes.clamp(0, self.size)
+        labels = torch.tensor([self.label[a["category_id"]] for a in annotations])
+        kept = masks.flatten(1).bool().any(1) & (boxes[:, 2:] - boxes[:, :2] > 1e-3).all(1)  # the rest is outside
+        return image, {"boxes": boxes[kept], "labels": labels[kept], "masks": masks[kept]}
+
+
+def detection_loss(ddp: nn.Module, batch) -> Tensor:
+    """The sum of Mask R-CNN's losses."""
+    device = distributed.place()[2]
+    images, targets = zip(*batch, strict=True)
+    targets = [{name: x.to(device, non_blocking=True) for name, x in target.items()} for target in targets]
+    return sum(ddp([image.to(device, non_blocking=True) / 255 for image in images], targets).values())
+
+
+@torch.no_grad()
+def find_objects(model: nn.Module, objects: Objects, workers: int) -> list[dict]:
+    """Detections in all images, in COCO's result format; those of all ranks on rank 0."""
+    from pycocotools import mask as rle
+
+    rank, world, device = distributed.place()
+    found = []
+    model.eval()
+    for image, image_id in finetune.eval_samples(objects, workers, "detecting"):
+        (out,) = model([image.to(device) / 255])
+        masks = (out["masks"][:, 0] > 0.5).byte().cpu().numpy()
+        boxes = box_convert(out["boxes"], "xyxy", "xywh").tolist()
+        for box, label, score, mask in zip(boxes, out["labels"].tolist(), out["scores"].tolist(), masks, strict=True):
+            segmentation = rle.encode(np.asfortranarray(mask))
+            segmentation["counts"] = segmentation["counts"].decode()
+            one = {"image_id": int(image_id), "category_id": objects.categories[label - 1], "score": score}
+            found.append(one | {"bbox": box, "segmentation": segmentation})
+    if world > 1:
+        every = [None] * world if rank == 0 else None
+        dist.gather_object(found, every)
+        found = [one for some in every or [] for one in some]
+    return found
+
+
+def average_precision(coco, found: list[dict], kind: str) -> tuple[dict[str, float], str]:
+    """COCO's AP, AP50 and AP75 in percent, and pycocotools' summary. kind: "bbox" or "segm"."""
+    from pycocotools.cocoeval import COCOeval
+
+    if not found:
+        return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}, "no detections"
+    other = {"bbox": "segmentation", "segm": "bbox"}[kind]
+    with contextlib.redirect_stdout(io.StringIO()):
+        results = coco.loadRes([{key: x for key, x in one.items() if key != other} for one in found])
+        scores = COCOeval(coco, results, kind)
+        scores.evaluate()
+        scores.accumulate()
+    with contextlib.redirect_stdout(io.StringIO()) as summary:
+        scores.summarize()
+    return {name: 100 * float(scores.stats[i]) for i, name in enumerate(("AP", "AP50", "AP75"))}, summary.getvalue()
+
+
+def instances(masks, shape) -> Tensor:
+    """Masks (h, w), later ones in front, as one map of ids, -1 where there is none."""
+    ids = torch.full(tuple(shape), -1)
+    for i, mask in enumerate(masks):
+        ids[mask.bool()] = i
+    return ids
+
+
+def picture(objects: Objects, i: int, found: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
+    """An image, what was found in it with a score above 0.5, and the truth."""
+    image, image_id = objects.whole(i)
+    good = [one for one in found if one["image_id"] == image_id and one["score"] > 0.5]
+    found = [decode(one["segmentation"], *image.shape[1:]) for one in sorted(good, key=lambda one: one["score"])]
+    truth = objects.masks(i) if objects.row(i)["annotations"] else []
+    return image, instances(found, image.shape[1:]), instances(truth, image.shape[1:])
+
+
+def train_and_measure(run: finetune.Run, data: Objects, val: Objects) -> tuple[dict, str]:
+    """One run: AP of boxes and masks in percent (on rank 0), and the line about its encoder."""
+    args = run.args
+    encoder, line, fingerprint = finetune.training_encoder(args)
+    torch.manual_seed(run.seed)
+    model = distributed.to_device(mask_rcnn(encoder, len(val.categories), args.size))
+    data.seed = run.seed
+    finetune.fit(run, model, fingerprint, data, detection_loss, (2 / 3, 8 / 9), args.warmup, collate=list)
+    found = find_objects(model, val, args.workers)
+    if distributed.place()[0] > 0:
+        return {}, line
+    result = {"encoder": line, "lr": run.lr}
+    for kind, name in (("bbox", "box"), ("segm", "mask")):
+        scores, summary = average_precision(val.coco, found, kind)
+        print(f"{run.out}, {name}:\n{summary}", flush=True)
+        result |= {f"{name} {key}": x for key, x in scores.items()}
+    write_json(run.out / "detections.json", found)
+    write_json(run.out / "result.json", result)
+    finetune.save_strip([picture(val, i, found) for i in range(min(6, len(val)))], run.out / "masks.png")
+    return {name: result[name] for name in ("box AP", "mask AP")}, line
+
+
+def detect(args) -> int:
+    data = Objects(args.data, args.split, args.size)
+    val = Objects(args.data, args.val_split, args.size, trains=False)
+    same = val.categories == data.categories
+    need(same, f"{args.split} and {args.val_split} of {args.data} list different categories: correct one of them")
+    task = f"COCO {args.val_split}, {len(val)} images, Mask R-CNN" + (f", {args.epochs} epochs" if args.epochs else "")
+    settings = {"size": args.size, "split": args.split, "warmup": args.warmup}
+    more = {"images": len(val), "epochs": args.epochs, "val split": args.val_split, "size": args.size} | settings
+    measured = functools.partial(train_and_measure, data=data, val=val)
+    return finetune.sweep(args, settings, measured, task, PAPER[args.schedule], more)
+
+
+def main(argv=None):
+    with distributed.StopSignals():
+        cli.run("evals.detect", lambda: detect(parse_args(argv)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""r2o.pth in the layouts of other libraries, and back; the authors' released weights as r2o.pth.
+
+    python -m evals.export --ckpt out/r2o.pth --to detectron2 --out r2o.pkl
+    python -m evals.export --ckpt out/r2o.pth --to timm --out r2o.safetensors
+    python -m evals.export --ckpt theirs.pth --to r2o --out r2o.pth
+
+--ckpt may be in any of these layouts, which its names tell. The suffix of --out selects the kind of file: .pth, for
+torchvision and timm also .safetensors, for Detectron2 also .pkl. Batch norm's counters become 0 if a file lacks them.
+"""
+
+from pathlib import Path
+
+import torch
+
+from runtime import cli
+from runtime.cli import UsageError, need, need_package
+from runtime.weights import LAYOUTS, read_weights, write_weights
+
+
+def export(args) -> int:
+    out, suffixes = args.out, LAYOUTS[args.to]
+    need(out.suffix in suffixes, f"--out {out} does not go with --to {args.to}: expected {' or '.join(suffixes)}")
+    if out.suffix == ".safetensors":
+        need_package("safetensors", f"--out {out}")
+    need(out.absolute().parent.is_dir() and not out.is_dir(), f"cannot write {out}: no such folder")
+    file = read_weights(args.ckpt)
+    known = file["arch"] != "tiny" or args.to in ("r2o", "torchvision")
+    need(known, f"{args.ckpt} holds the encoder tiny, which {args.to} lacks: pass --to r2o or torchvision")
+    try:
+        write_weights(file, args.to, out)
+    except OSError as e:
+        raise UsageError(f"cannot write {out} ({e.strerror or e})") from None
+    back = read_weights(out)["state_dict"]
+    same = all(torch.equal(x, back[name]) for name, x in file["state_dict"].items())
+    need(same, f"{out} does not read back as it was written: is the disk sound?")
+    print(f"{out}: {len(back)} tensors of a {file['arch']} in {args.to}'s layout, read back and equal")
+    return 0
+
+
+def main(argv=None):
+    p = cli.Parser(__doc__)
+    p.add_argument("--ckpt", required=True, help="r2o.pth, last.pth, or any layout that this program writes")
+    p.add_argument("--to", required=True, choices=LAYOUTS, help="timm and mmseg name tensors as torchvision does")
+    p.add_argument("--out", required=True, type=Path, help="file to write; its suffix selects the kind")
+    cli.run("evals.export", lambda: export(p.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    main()

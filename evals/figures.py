@@ -1,0 +1,77 @@
+"""The paper's figures from a checkpoint, as labelled PNGs.
+
+    python -m evals.figures --ckpt out --data CUB_200_2011 --out figures      # all epoch_*.pth and r2o.pth in out
+    python -m evals.figures --ckpt out/r2o.pth --data images masks
+
+masks.png    masks as K falls: of every checkpoint in the folder at its own K(t), or of the one at several K (Fig. 3, 5)
+objects.png  segments, the one called foreground, and the truth, of evenly spaced images (Fig. 7)
+worst.png    the same of the images whose foreground fits worst, worst first
+"""
+
+import heapq
+from pathlib import Path
+
+import torch
+
+import r2o
+from evals import common
+from evals.common import add_encoder_flags, open_checkpoints, read_square
+from evals.truth import add_truth_flags, list_masks
+from runtime import cli, distributed
+from runtime.cli import count, need, number
+from runtime.pictures import evenly, film_strip
+from runtime.storage import make_folder
+
+
+def parse_args(argv):
+    p = cli.Parser(__doc__)
+    add_encoder_flags(p)
+    add_truth_flags(p)
+    p.add_argument("--out", type=Path, default=Path("figures"), help="folder for the PNGs")
+    p.add_argument("-k", type=number(int, 1, 256), default=5, help="segments per image in objects and worst")
+    p.add_argument("--count", type=count, default=8, help="images in each figure")
+    p.add_argument("--size", type=number(int, 32), default=224, help="images are resized to this side")
+    return p.parse_args(argv)
+
+
+def draw(args) -> int:
+    pairs, device = list_masks(args.data, args.split), distributed.place()[2]
+    make_folder(args.out)
+    tested = open_checkpoints(args.ckpt, args.arch, [image for image, _ in pairs], args.size, device)
+
+    def save(name: str, columns: list, notes=None):
+        film_strip(columns, zoom=-(-128 // args.size), notes=notes).save(args.out / name)
+        print(f"wrote {args.out / name}", flush=True)
+
+    images = torch.stack([read_square(pairs[i][0], args.size) for i in evenly(len(pairs), 32)])
+    regions = torch.stack([r2o.slic_regions(image, size=args.size // 4) for image in images])
+    wanted = [(f"epoch {one.epoch}, K = {one.k or 4}", one.encoder, one.k or 4) for one in tested]
+    if len(tested) == 1:
+        wanted = [(f"K = {k}", tested[0].encoder, k) for k in (128, 119, 74, 16, 4)]  # Fig. 5's, and some between
+    wanted, shown = [wanted[i] for i in evenly(len(wanted), 6)], evenly(len(images), args.count)
+    save("masks.png", common.mask_columns(wanted, images, regions, shown, device))
+
+    even, show = [], evenly(len(pairs), args.count)
+
+    def with_foreground():
+        results = common.segmented(tested[-1].encoder, pairs, args.k, "c4", args.size, device, args.masks)
+        for i, result in enumerate(cli.bar(results, "segmenting", len(pairs), unit="img")):
+            if i in show:
+                even.append(common.pictures(*result))
+            if result[3].any():
+                yield result[4]["foreground IoU"], pairs[i][0].name, result
+
+    worst = heapq.nsmallest(args.count, with_foreground(), key=lambda one: one[0])
+    need(worst, common.NO_FOREGROUND)
+    save("objects.png", common.columns(even, args.k))
+    notes = [f"{name}: IoU {iou:.3f}" for iou, name, _ in worst]
+    save("worst.png", common.columns([common.pictures(*result) for *_, result in worst], args.k), notes)
+    return 0
+
+
+def main(argv=None):
+    cli.run("evals.figures", lambda: draw(parse_args(argv)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""What segment and detect share: a sweep over learning rates and seeds, and the training loop of one run."""
+
+import datetime
+import hashlib
+import itertools
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.transforms.v2 import functional as TF
+
+import r2o
+from evals.common import add_encoder_flags, table_row
+from runtime import cli, distributed
+from runtime.checkpoint import Checkpoint, need_same
+from runtime.cli import Parser, UsageError, count, natural, need, number, rate
+from runtime.loader import Batches, load_batches
+from runtime.pictures import enlarge, film_strip, paint
+from runtime.storage import lock_output, make_folder, save_or_warn, write_json
+from runtime.weights import load_encoder
+
+
+class Stopped(Exception):
+    """A stop signal came, and the run has been saved."""
+
+
+class Diverged(Exception):
+    """The loss of a run is not finite; other learning rates may work."""
+
+
+@dataclass
+class Run:
+    """One run of a sweep. settings: what a checkpoint must agree with, besides the flags of every run."""
+
+    args: object
+    out: Path
+    lr: float
+    seed: int
+    settings: dict
+
+
+def add_flags(p: Parser, out: str, epochs: int | None, batch_size: int, lr, weight_decay: float, seeds: list):
+    """The flags of a sweep. A default of None: the data set's recipe decides."""
+    add_encoder_flags(p)
+    add = p.add_argument
+    add("--out", default=out, help="folder for the runs, which resume from what it holds, and results.json")
+    add("--epochs", type=natural, default=epochs, help="passes over the training images; 0: evaluate only")
+    add("--batch-size", type=count, default=batch_size, help="images per step, over all processes")
+    positive = number(float, 0, above=True)
+    add("--lr", type=positive, default=lr, nargs="+", help="learning rates, one run each")
+    add("--seeds", type=natural, default=seeds, nargs="+", help="one run each")
+    add("--weight-decay", type=rate, default=weight_decay, help="of all parameters")
+    add("--workers", type=natural, default=distributed.cores_per_process(), help="per process")
+    add("--save-every", type=count, default=500, metavar="N", help="save last.pth every N steps, and at the end")
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, drops: tuple[float, ...]) -> float:
+    """Linear up to peak over `warmup` steps, then divided by 10 at each of the drops, fractions of all steps. A.2."""
+    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    return peak * rise * 0.1 ** sum(step >= int(drop * steps) for drop in drops)
+
+
+def resume(run: Run, checkpoint: Checkpoint, images: int, fingerprint: str, model: nn.Module, optimizer) -> int:
+    """Load what the run's folder holds, if anything, on all ranks. Returns how many steps that has. Raises UsageError
+    if it was trained on other images, from other weights, or with other settings."""
+    args = run.args
+    flags = {name: getattr(args, name) for name in ("epochs", "batch_size", "weight_decay")}
+    settings = run.settings | flags | {"images": images, "lr": run.lr, "encoder": fingerprint, "seed": run.seed}
+    if found := checkpoint.read("settings step model optimizer"):
+        then, path = found["settings"], checkpoint.path
+        same = then.get("encoder") == fingerprint
+        need(same, f"{path} was trained from other weights than --ckpt now holds: pass another --out")
+        same = then.get("images") == images
+        need(same, f"{path} was trained on {then.get('images')} images, not {images}: pass another --out")
+        need_same(path, then, settings, may_change=("epochs",) if args.epochs == 0 else ())
+    last = checkpoint.restore({"settings": settings}, model, optimizer)
+    return last["step"] if last else 0
+
+
+def fit(run: Run, model: nn.Module, fingerprint: str, data: Dataset, loss_of, drops, warmup: int = 0, collate=None):
+    """Train the model, on its device, from what the run's folder holds to the end; --epochs 0 only loads it.
+
+    fingerprint: of the encoder it starts from. data: indexed by (epoch, i), with all randomness of a sample following
+    from these and the seed, so that an interrupted run ends as an uninterrupted one. loss_of(model, batch): the mean
+    loss of what `collate` made of samples. drops, warmup: of learning_rate(). Raises Stopped, Diverged, UsageError.
+    """
+    (rank, world, device), args = distributed.place(), run.args
+    make_folder(run.out)
+    checkpoint = Checkpoint(run.out)
+    optimizer = torch.optim.SGD(model.parameters(), lr=run.lr, momentum=0.9, weight_decay=args.weight_decay)
+    first = resume(run, checkpoint, len(data), fingerprint, model, optimizer)
+    if args.epochs == 0:
+        need(first, f"--epochs 0 evaluates a trained run, but there is no {checkpoint.path}: pass its --out")
+        return
+    batch = args.batch_size
+    need(batch <= len(data), f"--batch-size {batch} is larger than the data ({len(data)} images): pass less")
+    need(batch % world == 0, f"{world} processes cannot share --batch-size {batch}: pass a multiple of {world}")
+    steps = args.epochs * (len(data) // batch)
+    if rank == 0 and 0 < first < steps:
+        print(f"{run.out}: resuming after step {first} of {steps}", flush=True)
+    ddp = DistributedDataParallel(model) if world > 1 else model
+    ddp.train()
+    order = Batches(len(data), batch, range(first, steps), run.seed, rank, world)
+    loader = load_batches(data, order, args.workers, device, collate)
+    bar = cli.bar(total=steps, initial=first, desc=str(run.out), disable=rank > 0 or first == steps)
+    with distributed.StopSignals(deferred=True) as signals, bar:
+        for step, samples in enumerate(loader, first):
+            lr = learning_rate(step, steps, run.lr, warmup, drops)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            torch.manual_seed((run.seed << 32) + step * world + rank)  # Mask R-CNN samples proposals
+            loss = loss_of(ddp, samples)
+            optimizer.zero_grad()
+            loss.backward()
+            finite, stop = distributed.agree(loss.detach().isfinite(), signals.received)
+            if not finite:
+                raise Diverged(f"the loss of step {step + 1} of {run.out} is not finite: lower --lr")
+            optimizer.step()
+            bar.set_postfix_str(f"loss {loss.item():.3f}, lr {lr:.2g}", refresh=False)
+            bar.update()
+            if step + 1 == steps or stop or (step + 1) % args.save_every == 0:
+                checkpoint.save(required=stop, step=step + 1)
+            if stop:
+                raise Stopped(f"stop requested: saved after step {step + 1}; rerun the same command to resume")
+    for x in model.buffers() if world > 1 else []:  # without SyncBatchNorm every rank has its own statistics
+        dist.broadcast(x, 0)
+
+
+def training_encoder(args) -> tuple[nn.Module, str, str]:
+    """--ckpt's encoder in training mode, the line that describes it, and a fingerprint of its weights."""
+    encoder, line = load_encoder(args.ckpt, args.arch)
+    if distributed.place()[0] == 0:
+        print(line, flush=True)
+    digest = hashlib.sha256(encoder.arch.encode())
+    for x in encoder.state_dict().values():
+        digest.update(x.numpy().tobytes())
+    return encoder.train(), line, digest.hexdigest()[:16]
+
+
+def crop(rng: np.random.Generator, image: Tensor, maps: Tensor, shape: tuple[int, int], size: int, void: int):
+    """Resizes to `shape`, mirrors with p = 0.5, cuts a random size x size window; where the image is smaller, pads
+    below and to the right with the mean colour. image: (3, h, w) uint8; maps: (n, h, w) uint8, resized by the nearest
+    pixel and padded with `void`. Returns image, maps, whether mirrored, and the window's top and left."""
+    image = TF.resize(image, list(shape), antialias=True)
+    maps = TF.resize(maps, list(shape), TF.InterpolationMode.NEAREST_EXACT)
+    mirrored = rng.random() < 0.5
+    if mirrored:
+        image, maps = image.flip(-1), maps.flip(-1)
+    top, left = (int(rng.integers(0, max(0, side - size) + 1)) for side in shape)
+    image, maps = (x[:, top : top + size, left : left + size] for x in (image, maps))
+    whole = torch.tensor([124, 116, 104], dtype=torch.uint8)[:, None, None].repeat(1, size, size)  # ImageNet's mean
+    whole[:, : image.shape[1], : image.shape[2]] = image
+    return whole, F.pad(maps, [0, size - maps.shape[2], 0, size - maps.shape[1]], value=void), mirrored, top, left
+
+
+def eval_samples(data: Dataset, workers: int, title: str):
+    """This rank's share of a data set's unchanged samples, data[i], one by one, with a bar."""
+    rank, world, _ = distributed.place()
+    share = Subset(data, range(rank, len(data), world))
+    settings = {"num_workers": workers, "worker_init_fn": distributed.ignore_stop_signals}
+    return cli.bar(DataLoader(share, batch_size=None, **settings), title, len(share), disable=rank > 0)
+
+
+def save_strip(rows: list[tuple[Tensor, Tensor, Tensor]], path: Path):
+    """Images (3, h, w) uint8 with predicted and true ids (h, w), -1 for unpainted pixels, as a labelled PNG."""
+    columns = [[], [], []]
+    for image, *maps in rows:
+        square = r2o.resize(image, 224)
+        columns[0].append(square)
+        for column, ids in zip(columns[1:], maps, strict=True):
+            small = enlarge(ids, (224, 224))
+            column.append(torch.where(small < 0, square, paint(square[None], small[None])[0]))
+    labels = "image", "prediction", "truth"
+    sheet = film_strip([(label, torch.stack(column)) for label, column in zip(labels, columns, strict=True)])
+    save_or_warn(path, lambda f: sheet.save(f, "PNG"))
+
+
+def sweep(args, settings: dict, train_and_measure, task: str, paper: str, more: dict) -> int:
+    """For every learning rate and seed, train_and_measure(run) returns metrics by name, in percent, and a line
+    about the encoder. Reports the learning rate whose first metric has the best mean. Returns the exit status."""
+    for name in ("lr", "seeds"):
+        values = getattr(args, name)
+        need(len({*values}) == len(values), f"--{name} must all be different, got {values}")
+    rank = distributed.place()[0]
+    distributed.join_process_group(datetime.timedelta(hours=2))  # the others wait while rank 0 computes AP
+    if rank == 0:
+        lock = lock_output(make_folder(args.out))  # noqa: F841 (held until this function returns)
+    scores: dict[float, list[dict | None]] = {lr: [] for lr in args.lr}
+    found = {"ckpt": args.ckpt, "seeds": args.seeds} | more
+    for lr, seed in itertools.product(args.lr, args.seeds):
+        metrics = None
+        try:
+            metrics, line = train_and_measure(Run(args, Path(args.out, f"lr{lr:g}-seed{seed}"), lr, seed, settings))
+        except Stopped as e:
+            if rank == 0:
+                print(e, flush=True)
+            return distributed.STOPPED
+        except Diverged as e:  # on all ranks
+            if rank == 0:
+                print(f"diverged: {e}", file=sys.stderr, flush=True)
+        scores[lr].append(metrics)
+        if rank == 0:
+            found["runs"] = {f"{lr:g}": x for lr, x in scores.items()}
+            write_json(Path(args.out, "results.json"), found)
+    if rank == 0:
+        good = {lr: x for lr, x in scores.items() if None not in x}
+        if not good:
+            raise UsageError(f"a run diverged at each of the learning rates {args.lr}: pass lower ones with --lr")
+        for lr in scores:
+            print(summary(good[lr], lr) if lr in good else f"diverged (lr {lr:g})")
+        best = max(good, key=lambda lr: statistics.mean(next(iter(one.values())) for one in good[lr]))
+        print(table_row(task, line, summary(good[best], best), paper), flush=True)
+        write_json(Path(args.out, "results.json"), found | {"encoder": line, "best lr": best})
+    return 0
+
+
+def summary(runs: list[dict], lr: float) -> str:
+    """The mean of each metric over the seeds, with the standard deviation."""
+    parts = []
+    for name in runs[0]:
+        x = [one[name] for one in runs]
+        spread = f" ± {statistics.stdev(x):.2f}" if len(x) > 1 else ""
+        parts.append(f"{name} {statistics.mean(x):.2f}{spread}")
+    return ", ".join(parts) + f" (n = {len(runs)}, lr {lr:g})"

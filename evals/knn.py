@@ -1,0 +1,161 @@
+"""Weighted k-nearest-neighbour classification on frozen features (Table 4).
+
+    python -m evals.knn --ckpt r2o.pth --data /imagenet      # its train and val
+    torchrun --nproc_per_node=8 -m evals.knn --ckpt r2o.pth --data train val
+
+An image's feature is its C5, averaged over the image, of unit length. Each of its k nearest training images votes for
+its class with weight exp(cosine / temperature). Features are kept in half precision: 5 GB for ImageNet-1K.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from torchvision.transforms.v2 import functional as TF
+
+import r2o
+from evals.common import add_encoder_flags, calibrated_encoder, need_writable, table_row
+from evals.measures import QUERIES, nearest, votes
+from evals.truth import readable
+from runtime import cli, distributed
+from runtime.cli import UsageError, count, natural, need, number
+from runtime.images import list_images, read_image
+from runtime.pictures import evenly
+from runtime.storage import write_json
+
+
+def parse_args(argv):
+    p = cli.Parser(__doc__)
+    add_encoder_flags(p)
+    data = "a folder with train and val, or these two folders, each with one folder per class"
+    p.add_argument("--data", required=True, nargs="+", type=Path, help=data)
+    p.add_argument("-k", type=count, nargs="+", default=[20, 10, 100, 200], help="neighbours")
+    p.add_argument("--temperature", type=number(float, 0, above=True), default=0.07, help="of the votes")
+    p.add_argument("--size", type=number(int, 32), default=224, help="side of the crops")
+    p.add_argument("--batch-size", type=count, default=128, help="images at a time")
+    p.add_argument("--workers", type=natural, default=distributed.cores_per_process(), help="per process")
+    p.add_argument("--json", default="eval_knn.json", help="file for the results")
+    return p.parse_args(argv)
+
+
+class Labelled(torch.utils.data.Dataset):
+    """A folder of class folders: (image (3, S, S) uint8, label). The shorter side becomes 8/7 S, the middle is cut."""
+
+    def __init__(self, folder: Path, size: int, classes: list[str] | None = None):
+        """classes: those to find, in the order of their labels (default: the folder's)."""
+        self.images, self.size = list_images(folder, train=False), size
+        names = [os.fsdecode(name).split("/")[:-1] for name in self.images]
+        loose = next((i for i, parts in enumerate(names) if not parts), None)
+        if loose is not None:
+            raise UsageError(
+                f"{self.images.path(loose)} is in no class folder: expected {self.images.root}/CLASS/IMAGE"
+            )
+        own = sorted({parts[0] for parts in names})
+        self.classes = classes or own
+        if strange := [name for name in own if name not in set(self.classes)]:
+            raise UsageError(
+                f"{len(strange)} of the {len(own)} classes in {folder} are not among the {len(self.classes)} that were "
+                f"trained on, such as {strange[0]}: expected the same class folders"
+            )
+        label = {name: i for i, name in enumerate(self.classes)}
+        self.labels = np.array([label[parts[0]] for parts in names], dtype=np.int32)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        image = readable(read_image, self.images.path(i))
+        image = TF.resize(image, [round(self.size * 8 / 7)], TF.InterpolationMode.BICUBIC, antialias=True)
+        return TF.center_crop(image, [self.size, self.size]), int(self.labels[i])
+
+
+def crops(data: Labelled, indices, args) -> DataLoader:
+    """Batches of (images, labels) of these indices."""
+    return DataLoader(Subset(data, indices), args.batch_size, num_workers=args.workers)
+
+
+@torch.no_grad()
+def features(encoder, data: Labelled, rank: int, world: int, args, device, title: str) -> tuple[Tensor, Tensor]:
+    """Unit features (n, C) half, and labels (n,), of every world-th image."""
+    own = range(rank, len(data), world)
+    found = torch.empty(len(own), r2o.channels(encoder.layer4), dtype=torch.half, device=device)
+    labels = torch.tensor(data.labels.tolist(), device=device)[rank::world]
+    with cli.bar(desc=title, total=len(own), unit="img", disable=rank > 0) as bar:
+        for i, (images, _) in enumerate(crops(data, own, args)):
+            c5 = r2o.encode(encoder, r2o.normalize(images.to(device)))
+            rows = F.normalize(c5.float().mean((2, 3)), dim=1).half()
+            sound = bool(rows.isfinite().all())
+            need(sound, f"the features of {args.ckpt} are not finite: it comes from a run that diverged")
+            found[i * args.batch_size :][: len(rows)] = rows
+            bar.update(len(rows))
+    return found, labels
+
+
+def classify(bank, bank_labels, queries, labels, classes: int, ks: list[int], temperature: float, n: int) -> dict:
+    """Top-1 and top-5 accuracy in percent, by k. Every process brings its rows of bank and queries. n: all queries."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world > 1:  # equally many queries from each: pad with label -1, which no vote can hit
+        share = -(-n // world)
+        queries, labels = (F.pad(x, [0, 0] * (x.ndim - 1) + [0, share - len(x)], value=-1) for x in (queries, labels))
+        queries, labels = (r2o.gather_from_ranks(x, 0, world) for x in (queries, labels))
+    hits = {k: [0, 0] for k in ks}
+    for start in range(0, len(queries), 16 * QUERIES):
+        at = slice(start, start + 16 * QUERIES)
+        similar, owners = nearest(queries[at], bank, bank_labels, max(ks))
+        if world > 1:
+            every = (r2o.gather_from_ranks(x, 0, world).view(world, -1, max(ks)) for x in (similar, owners))
+            similar, owners = (x.transpose(0, 1).flatten(1) for x in every)
+            similar, index = similar.topk(max(ks), dim=1)
+            owners = owners.gather(1, index)
+        for k in ks:
+            ranked = votes(similar[:, :k], owners[:, :k], classes, temperature).topk(min(5, classes), dim=1).indices
+            right = ranked == labels[at, None]
+            hits[k][0] += right[:, 0].sum().item()
+            hits[k][1] += right.any(1).sum().item()
+    return {k: {"top-1": 100 * a / n, "top-5": 100 * b / n} for k, (a, b) in hits.items()}
+
+
+def evaluate(args) -> int:
+    need(len(args.data) <= 2, f"--data takes one folder (with train and val) or two, got {len(args.data)}")
+    need_writable(args.json)
+    folders = args.data if len(args.data) == 2 else [args.data[0] / "train", args.data[0] / "val"]
+    different = folders[0].resolve() != folders[1].resolve()
+    need(different, f"--data names {folders[0]} twice: expected training images and others to test on")
+    train = Labelled(folders[0], args.size)
+    val = Labelled(folders[1], args.size, train.classes)
+    need(max(args.k) <= len(train), f"-k {max(args.k)} is more than the {len(train)} training images: pass less")
+    rank, world, device = distributed.place()
+    need(world <= min(len(train), len(val)), f"{world} processes are more than the images: start fewer")
+    distributed.join_process_group()
+    batches = (r2o.normalize(images) for images, _ in crops(train, evenly(len(train), 256), args))
+    encoder, line = calibrated_encoder(args.ckpt, args.arch, batches, device)
+    if rank == 0:
+        print(f"{line}; {len(train)} and {len(val)} images of {len(train.classes)} classes", flush=True)
+    bank = features(encoder, train, rank, world, args, device, "train")
+    queries = features(encoder, val, rank, world, args, device, "val")
+    accuracy = classify(*bank, *queries, len(train.classes), args.k, args.temperature, len(val))
+    if rank == 0:
+        for k, a in accuracy.items():
+            print(f"k = {k:3}: top-1 {a['top-1']:.2f} %, top-5 {a['top-5']:.2f} %")
+        a = accuracy[args.k[0]]
+        task = f"k-NN, {args.data[0].name}, k = {args.k[0]}, {len(val)} images of {len(train.classes)} classes"
+        ours = f"top-1 {a['top-1']:.1f} %, top-5 {a['top-5']:.1f} %"
+        print(table_row(task, line, ours, "85.5 % (Table 4, ImageNet-100; k and temperature not given)"), flush=True)
+        counts = {"train": len(train), "val": len(val), "classes": len(train.classes)}
+        about = {"ckpt": args.ckpt, "encoder": line, "data": [str(f) for f in folders]}
+        protocol = {"size": args.size, "temperature": args.temperature}
+        write_json(args.json, about | counts | protocol | {"k": accuracy})
+    return 0
+
+
+def main(argv=None):
+    cli.run("evals.knn", lambda: evaluate(parse_args(argv)))
+
+
+if __name__ == "__main__":
+    main()

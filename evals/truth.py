@@ -1,0 +1,176 @@
+"""Images with their true masks: CUB_200_2011, two folders, or COCO annotations."""
+
+import contextlib
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from runtime.cli import Parser, UsageError, need, need_package
+from runtime.images import DAMAGE, list_images
+
+
+def readable(reader, path: str | Path):
+    """reader(path); raises UsageError if the file is damaged."""
+    try:
+        return reader(path)
+    except UsageError:
+        raise
+    except (OSError, *DAMAGE) as e:
+        raise UsageError(f"cannot read {path} ({e})") from None
+
+
+def add_truth_flags(p: Parser, also: str = ""):
+    """--data, --split and --masks. also: what else --data may be."""
+    data = f"CUB_200_2011 (with images.txt, images, segmentations), a folder of images and one of masks{also}"
+    p.add_argument("--data", required=True, nargs="+", type=Path, help=data)
+    p.add_argument("--split", default="test", help="CUB's own test set, or a file of ids, such as ReDO's")
+    masks = "what mask files hold: an object above half of white, or an id for each; auto tells by their values"
+    p.add_argument("--masks", default="auto", choices=("auto", "binary", "ids"), help=masks)
+
+
+def read_ids(path: str | Path, kind: str = "auto") -> Tensor:
+    """A mask file as ids (h, w) int64: 0 background, -1 void, others objects.
+
+    kind: "binary", an object above half of white; "ids", one per object, with 255 as void (16-bit files have none;
+    colours are ImageNet-S's red + 256 green, with 1000 as void); "auto", guess_kind().
+    """
+    with Image.open(path) as file:
+        if file.mode.startswith("I"):  # 16 bits
+            ids = torch.from_numpy(np.array(file).astype(np.int64))
+            return (ids > 32767).long() if kind == "binary" else ids
+        palette = file.mode == "P"
+        indices, light, colours = (np.array(x) for x in (file, file.convert("L"), file.convert("RGB")))
+    if kind == "binary":
+        return torch.from_numpy(light > 127).long()
+    if not palette and (colours != colours[..., :1]).any():
+        return _ids_of_colours(torch.from_numpy(colours).long(), path)
+    grey = torch.from_numpy(indices if palette else light).long()
+    if kind == "ids" or guess_kind(grey, palette, path) == "ids":
+        return torch.where(grey == 255, -1, grey)
+    return (grey > 127).long()
+
+
+def _ids_of_colours(pixels: Tensor, path) -> Tensor:
+    red, green, blue = pixels.unbind(-1)
+    ids = red + 256 * green
+    known = not blue.any() and ids.max() <= 1000
+    need(known, f"the mask {path} is coloured: expected grey, a palette or ImageNet-S's ids")
+    return torch.where(ids == 1000, -1, ids)
+
+
+def guess_kind(grey: Tensor, palette: bool, path) -> str:
+    """ "ids" if a palette image holds anything but 0 and 255, or if all grey values but these are below 51; "binary"
+    for 0 and 255, for CUB's levels (multiples of 51, which count annotators), and for soft edges."""
+    between, white = grey[(grey > 0) & (grey < 255)], grey == 255
+    if palette or not len(between):
+        return "ids" if len(between) else "binary"
+    ids = between.max() < 51
+    edges = ids and white.sum() > 4 * len(between)  # of a binary mask, or more void than objects
+    dark = not ids and grey.max() < 250 and (between % 51).any()  # ids above 50, or a mask that is not quite white
+    values = f"({between.unique()[:4].tolist()}, …)"
+    unclear = f"the mask {path} may hold ids or grey levels {values}: pass --masks ids or --masks binary"
+    need(not edges and not dark, unclear)
+    return "ids" if ids else "binary"
+
+
+def list_masks(data: list[Path], split: str) -> list[tuple[Path, Path]]:
+    """(image, mask) of --data: CUB_200_2011, or a folder of images and one of masks."""
+    need(len(data) <= 2, f"--data takes one folder or two, got {len(data)}")
+    for folder in data:
+        problem = "not a folder" if folder.exists() else "no such folder"
+        expected = "expected CUB_200_2011, or a folder of images and one of masks"
+        need(folder.is_dir(), f"{problem}: {folder}; {expected}")
+    return list_pairs(*data) if len(data) == 2 else list_cub(data[0], split)
+
+
+def list_cub(folder: Path, split: str) -> list[tuple[Path, Path]]:
+    """(image, mask) of CUB_200_2011: its test set, or a file of ids, with or without ReDO's 2 = test behind them."""
+    expected = "expected the folder CUB_200_2011, or two folders, of images and of masks"
+    need((folder / "images.txt").exists(), f"no images.txt in {folder}: {expected}")
+    separate = "a separate download, segmentations.tgz at data.caltech.edu/records/65de6-vp158; unpack it there"
+    need((folder / "segmentations").is_dir(), f"no segmentations in {folder}: they are {separate}")
+    rows = [line.split(maxsplit=1) for line in (folder / "images.txt").read_text().splitlines() if line.strip()]
+    names = {row[0]: row[-1].strip() for row in rows}
+    file = folder / "train_test_split.txt" if split == "test" else Path(split)
+    need(file.is_file(), f"no such split: {file}; expected test, or a file of ids")
+    rows = [line.split() for line in file.read_text(errors="replace").splitlines() if line.strip()]
+    wanted = "0" if split == "test" else "2"
+    ids = [row[0] for row in rows if len(row) == 1 or row[1] == wanted]
+    unknown = [i for i in ids if i not in names]
+    need(not unknown, f"{file} names {len(unknown)} ids, of {len(ids)}, that images.txt does not list")
+    need(ids, f"{file} names no test image")
+    return [(folder / "images" / names[i], (folder / "segmentations" / names[i]).with_suffix(".png")) for i in ids]
+
+
+def list_pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
+    """(image, mask) of two folders whose files have the same relative names, apart from the suffix."""
+    lists = [list_images(folder, train=False) for folder in (images, masks)]
+    of = [{os.path.splitext(os.fsdecode(name))[0]: x.root / os.fsdecode(name) for name in x} for x in lists]
+    for folder, listed, names in zip((images, masks), lists, of, strict=True):
+        same = len(listed) - len(names)
+        need(not same, f"{same} files in {folder} differ in their suffix alone: keep one of each")
+    missing = [stem for stem in of[0] if stem not in of[1]]
+    first = f"of the same name in {masks}, the first: {missing[0] if missing else ''}"
+    need(not missing, f"{len(missing)} of {len(of[0])} images have no mask {first}")
+    return [(path, of[1][stem]) for stem, path in of[0].items()]
+
+
+def load_coco(folder: Path, file: Path) -> tuple:
+    """pycocotools' COCO of an instances JSON, and its images, by id: COCO's dicts with their `path` in the folder and
+    their `annotations`. Raises UsageError if there are no annotations, if they are incomplete or refer to categories or
+    images that the file does not list, and if images are missing."""
+    need_package("pycocotools", f"{file}, as COCO annotations,")
+    from pycocotools.coco import COCO
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco = COCO(file)
+        _check_coco(coco, file)
+        more = {
+            i: {"path": Path(folder, x["file_name"]), "annotations": coco.imgToAnns[i]} for i, x in coco.imgs.items()
+        }
+        rows = [image | more[i] for i, image in sorted(coco.imgs.items())]
+    except UsageError:
+        raise
+    except (OSError, AssertionError, TypeError, LookupError, ValueError, AttributeError) as e:
+        expected = "expected COCO instances, a JSON of images, annotations, categories"
+        raise UsageError(f"cannot read {file} ({type(e).__name__}: {e}): {expected}") from None
+    if missing := [row["path"] for row in rows if not row["path"].exists()]:
+        raise UsageError(f"{len(missing)} of the {len(rows)} images that {file} names are missing: {missing[0]}, …")
+    return coco, rows
+
+
+def _check_coco(coco, file):
+    annotations = coco.dataset["annotations"]
+    need(annotations, f"{file} has no annotations: expected objects with their segmentations")
+    ids = {a["id"] for a in annotations}  # pycocotools takes 0 for "unmatched"
+    unique = len(ids) == len(annotations) and min(ids) >= 1
+    need(unique, f"annotation ids in {file} are not all different and above 0: renumber them")
+    for a in annotations:
+        name = f"annotation {a['id']} of {file}"
+        for key, known in (("image_id", coco.imgs), ("category_id", coco.cats)):
+            need(a[key] in known, f"{name} has {key} {a[key]}, none of the {len(known)} listed there")
+        image, shape = coco.imgs[a["image_id"]], a["segmentation"]
+        whole = len(shape) > 0 and len(a["bbox"]) == 4 and a["iscrowd"] in (0, 1) and a["area"] >= 0
+        if isinstance(shape, list):
+            whole = whole and all(len(ring) >= 6 and len(ring) % 2 == 0 for ring in shape)
+        else:
+            whole = whole and list(shape["size"]) == [image["height"], image["width"]]
+        shapes = "polygons of 3 points or more, or run lengths of the image's size"
+        need(whole, f"{name} is incomplete: expected a bbox of 4, area, iscrowd 0 or 1, and as segmentation {shapes}")
+
+
+def decode(segmentation, height: int, width: int) -> Tensor:
+    """A COCO segmentation, polygons or run lengths, as (height, width) uint8."""
+    from pycocotools import mask as rle
+
+    if isinstance(segmentation, list):
+        segmentation = rle.merge(rle.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = rle.frPyObjects(segmentation, height, width)
+    return torch.from_numpy(rle.decode(segmentation))

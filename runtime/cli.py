@@ -1,0 +1,98 @@
+"""Command lines: errors and exit statuses, flags, progress bars."""
+
+import argparse
+import importlib.util
+import math
+import re
+import sys
+import traceback
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from runtime import distributed
+
+
+class UsageError(ValueError):
+    """Bad arguments or data, in one line: what was wrong; what was expected; what to do."""
+
+
+def need(ok, message: str):
+    """Raise UsageError unless ok."""
+    if not ok:
+        raise UsageError(message)
+
+
+def need_package(name: str, purpose: str):
+    need(importlib.util.find_spec(name), f"{purpose} needs the package {name}: pip install {name}")
+
+
+def printable(text: str) -> str:
+    """Without the surrogates that stand for the bytes of file names that are not UTF-8."""
+    return text.encode(errors="replace").decode()
+
+
+def run(program: str, work):
+    """Exit with the status that work() returns; with 2, after one line on stderr, for bad arguments, data or memory."""
+    problem, status = None, 2
+    try:
+        status = work()
+    except UsageError as e:  # from a loader worker, the last line of its traceback
+        problem = str(e).splitlines()[-1].removeprefix(f"{UsageError.__module__}.{UsageError.__qualname__}: ")
+    except torch.OutOfMemoryError as e:
+        problem = f"the GPU's memory is too small ({str(e).splitlines()[0]}): lower --batch-size (or raise --accum)"
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        status = 1
+    if problem:  # on every rank: this may be the only one that knows
+        print(f"{program}: error: {printable(problem)}", file=sys.stderr)
+    distributed.leave_process_group(status)
+    if status:
+        sys.exit(status)
+
+
+def warn(message: str):
+    print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """Prints the module's docstring as its description, defaults in --help, and errors as UsageError."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, formatter_class=_Help)
+
+    def error(self, message: str):
+        raise UsageError(re.sub(r"^argument (\S+): (?=must)", r"\1 ", message))
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False):
+    """An argparse type: an int or float from `low` (or above it) to `high`, never infinite or NaN."""
+
+    def parse(text: str):
+        try:
+            x = kind(text)
+        except ValueError:
+            x = math.nan
+        if not (low < x if above else low <= x) or not x <= high or math.isinf(x):
+            bounds = f"above {low}" if above else f"at least {low}"
+            bounds += f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
+        return x
+
+    return parse
+
+
+count, natural, rate = number(int, 1), number(int, 0), number(float, 0)
+
+
+def bar(*args, **kwargs) -> tqdm:
+    """A progress bar; a line a minute if stderr is no terminal, as in the log of a batch job."""
+    return tqdm(*args, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 60, **kwargs)

@@ -1,0 +1,129 @@
+"""Processes that train together: how they meet, stop, and end."""
+
+import atexit
+import datetime
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import uuid
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+STOPPED = 75  # exit status of a run that was stopped and has saved its state: EX_TEMPFAIL, try again
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def cores_per_process() -> int:
+    """This process's share of the machine's cores, as a default for --workers."""
+    return min(16, max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def place() -> tuple[int, int, torch.device]:
+    """This process's rank, the number of processes, and its device, from torchrun's environment variables."""
+    rank, world, local = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    return rank, world, torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def join_process_group(timeout: datetime.timedelta | None = None):
+    """Join the process group, if there are several processes. timeout: of collectives (default: PyTorch's)."""
+    rank, world, device = place()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = attempt_store(rank, world)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def attempt_store(rank: int, world: int) -> dist.Store:
+    """A store for the processes of this attempt alone: each asks rank 0, under a random name, for the attempt's name.
+
+    Workers restarted by torchrun share a store with the dead ones, and would otherwise read the addresses that those
+    left in it (github.com/pytorch/pytorch/issues/135712)."""
+    patience = datetime.timedelta(days=7)  # other nodes may still be making their region maps
+    store = next(dist.rendezvous("env://", rank, world, timeout=patience))[0]
+    attempt = name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks {rank}", name)
+        store.wait([f"answer {name}"], patience)
+        attempt = store.get(f"answer {name}").decode()
+        store.set(f"heard {attempt} {rank}", "")
+    else:
+        others = range(1, world)
+        while not store.check([f"heard {attempt} {r}" for r in others]):
+            for r in others:
+                if store.check([f"asks {r}"]):
+                    store.set(f"answer {store.get(f'asks {r}').decode()}", attempt)
+            time.sleep(0.05)
+    return dist.PrefixStore(attempt, store)
+
+
+def to_device(model: nn.Module) -> nn.Module:
+    """The model on this rank's device, its batch norm synchronised between GPUs."""
+    _, world, device = place()
+    if world > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model.to(device)
+
+
+def agree(finite: torch.Tensor, stop_requested: bool) -> tuple[bool, bool]:
+    """Whether the step was finite on all ranks, and whether a stop was requested on any: the same answer everywhere."""
+    flags = torch.stack([~finite, torch.tensor(stop_requested, device=finite.device)]).float()
+    if dist.is_initialized():
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    bad, stop = flags.bool().tolist()
+    return not bad, stop
+
+
+class StopSignals:
+    """A context in which SIGTERM and SIGUSR1 end the program with status STOPPED; while `deferred` is set they set
+    `received` instead, and the program ends itself when it has saved its state."""
+
+    def __init__(self, deferred: bool = False):
+        self.deferred, self.received = deferred, False
+
+    def __enter__(self):
+        self.before = {n: signal.signal(n, self._receive) for n in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def _receive(self, *_):
+        if self.deferred:
+            self.received = True
+        else:  # at once in a process group: the other processes may already be gone
+            (os._exit if dist.is_initialized() else sys.exit)(STOPPED)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def ignore_stop_signals(worker: int):
+    """For loader workers, which the training process shuts down itself; batch systems signal every process."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _kill_workers():
+    """Python's exit sends SIGTERM to workers that an exception left, and joins them. Ours ignore it and would hang."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+def leave_process_group(status: int):
+    """Call this after the model under DDP is gone: gloo can deadlock if DDP destroys the group. After an error, exit at
+    once so that torchrun restarts the others: a goodbye to processes that are gone can hang."""
+    if dist.is_initialized():
+        if status in (1, 2):
+            sys.stderr.flush()
+            os._exit(status)
+        dist.destroy_process_group()
