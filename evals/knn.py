@@ -7,16 +7,15 @@ An image's feature is its C5, averaged over the image, of unit length. Each of i
 its class with weight exp(cosine / temperature). Features are kept in half precision: 5 GB for ImageNet-1K.
 """
 
-import os
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
-from torchvision.transforms.v2 import functional as TF
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 
 import r2o
 from evals.common import add_encoder_flags, calibrated_encoder, need_writable, table_row
@@ -24,7 +23,7 @@ from evals.measures import QUERIES, nearest, votes
 from evals.truth import readable
 from runtime import cli, distributed
 from runtime.cli import UsageError, count, natural, need, number
-from runtime.images import list_images, read_image
+from runtime.images import read_image
 from runtime.pictures import evenly
 from runtime.storage import write_json
 
@@ -43,48 +42,36 @@ def parse_args(argv):
     return p.parse_args(argv)
 
 
-class Labelled(torch.utils.data.Dataset):
-    """A folder of class folders: (image (3, S, S) uint8, label). The shorter side becomes 8/7 S, the middle is cut."""
-
-    def __init__(self, folder: Path, size: int, classes: list[str] | None = None):
-        """classes: those to find, in the order of their labels (default: the folder's)."""
-        self.images, self.size = list_images(folder, train=False), size
-        names = [os.fsdecode(name).split("/")[:-1] for name in self.images]
-        loose = next((i for i, parts in enumerate(names) if not parts), None)
-        if loose is not None:
-            raise UsageError(
-                f"{self.images.path(loose)} is in no class folder: expected {self.images.root}/CLASS/IMAGE"
-            )
-        own = sorted({parts[0] for parts in names})
-        self.classes = classes or own
-        if strange := [name for name in own if name not in set(self.classes)]:
-            raise UsageError(
-                f"{len(strange)} of the {len(own)} classes in {folder} are not among the {len(self.classes)} that were "
-                f"trained on, such as {strange[0]}: expected the same class folders"
-            )
-        label = {name: i for i, name in enumerate(self.classes)}
-        self.labels = np.array([label[parts[0]] for parts in names], dtype=np.int32)
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        image = readable(read_image, self.images.path(i))
-        image = TF.resize(image, [round(self.size * 8 / 7)], TF.InterpolationMode.BICUBIC, antialias=True)
-        return TF.center_crop(image, [self.size, self.size]), int(self.labels[i])
+def open_folder(folder: Path, size: int, classes: list[str] | None = None) -> ImageFolder:
+    """(image (3, S, S) uint8, label): resized to 8/7 S, center cropped. classes: for the labels (default: its own)."""
+    resize = v2.Resize(round(size * 8 / 7), v2.InterpolationMode.BICUBIC, antialias=True)
+    crop = v2.Compose([resize, v2.CenterCrop(size)])
+    try:
+        data = ImageFolder(folder, crop, loader=lambda path: readable(read_image, path))
+    except OSError as e:
+        problem = f"{e.strerror}: {e.filename}" if e.strerror else str(e).splitlines()[0]
+        raise UsageError(f"{problem}; expected a folder with one folder of images per class") from None
+    if classes is not None:
+        strange = [name for name in data.classes if name not in classes]
+        among = f"are not among the {len(classes)} of the training images, such as {strange[:1]}"
+        many = f"{len(strange)} of the {len(data.classes)} classes in {folder}"
+        need(not strange, f"{many} {among}: expected the same class folders")
+        labels = [classes.index(name) for name in data.classes]
+        data.samples = [(path, labels[i]) for path, i in data.samples]
+    return data
 
 
-def crops(data: Labelled, indices, args) -> DataLoader:
+def crops(data: ImageFolder, indices, args) -> DataLoader:
     """Batches of (images, labels) of these indices."""
     return DataLoader(Subset(data, indices), args.batch_size, num_workers=args.workers)
 
 
 @torch.no_grad()
-def features(encoder, data: Labelled, rank: int, world: int, args, device, title: str) -> tuple[Tensor, Tensor]:
+def features(encoder, data: ImageFolder, rank: int, world: int, args, device, title: str) -> tuple[Tensor, Tensor]:
     """Unit features (n, C) half, and labels (n,), of every world-th image."""
     own = range(rank, len(data), world)
     found = torch.empty(len(own), r2o.channels(encoder.layer4), dtype=torch.half, device=device)
-    labels = torch.tensor(data.labels.tolist(), device=device)[rank::world]
+    labels = torch.tensor([label for _, label in data.samples], device=device)[rank::world]
     with cli.bar(desc=title, total=len(own), unit="img", disable=rank > 0) as bar:
         for i, (images, _) in enumerate(crops(data, own, args)):
             c5 = r2o.encode(encoder, r2o.normalize(images.to(device)))
@@ -126,8 +113,8 @@ def evaluate(args) -> int:
     folders = args.data if len(args.data) == 2 else [args.data[0] / "train", args.data[0] / "val"]
     different = folders[0].resolve() != folders[1].resolve()
     need(different, f"--data names {folders[0]} twice: expected training images and others to test on")
-    train = Labelled(folders[0], args.size)
-    val = Labelled(folders[1], args.size, train.classes)
+    train = open_folder(folders[0], args.size)
+    val = open_folder(folders[1], args.size, train.classes)
     need(max(args.k) <= len(train), f"-k {max(args.k)} is more than the {len(train)} training images: pass less")
     rank, world, device = distributed.place()
     need(world <= min(len(train), len(val)), f"{world} processes are more than the images: start fewer")

@@ -131,10 +131,9 @@ def test_processes_of_unequal_shares_find_what_one_finds(tmp_path):
 
 def test_features_are_c5_averaged_of_the_middle_of_the_image(colours):
     """The shorter side becomes 8/7 of the crop: of 40 x 48 pixels at 35, all but 2.5 on each side of the shorter."""
-    data = knn.Labelled(colours / "train", 35)
+    data = knn.open_folder(colours / "train", 35)
     image, label = data[7]
-    whole = read_image(data.images.path(7))[None].float()
-    whole = torch.nn.functional.interpolate(whole, size=(40, 48), mode="bicubic")[0]
+    whole = torch.nn.functional.interpolate(read_image(data.imgs[7][0])[None].float(), size=(40, 48), mode="bicubic")[0]
     assert image.shape == (3, 35, 35) and label == 1
     assert (image - whole[:, 2:37, 6:41]).abs().mean() < (image - whole[:, :35, :35]).abs().mean() / 2
     args = knn.parse_args(["--ckpt", "x", "--data", "y"])
@@ -152,13 +151,13 @@ def test_features_are_c5_averaged_of_the_middle_of_the_image(colours):
 def test_bad_data_and_arguments_are_refused(colours, tmp_path, refused):
     train, val = colours / "train", colours / "val"
     assert "2 of the 3 classes in" in refused(*FLAGS, "--data", only(tmp_path / "one", train, "blue"), val)
-    assert "is in no class folder" in refused(*FLAGS, "--data", train / "blue" / "deeper", val)
+    assert "Couldn't find any class folder in" in refused(*FLAGS, "--data", train / "blue" / "deeper", val)
     assert "-k 19 is more than the 18 training images" in refused(*FLAGS, "--data", colours, "-k", 19)
-    assert "no such folder" in refused(*FLAGS, "--data", train)
+    assert "No such file or directory" in refused(*FLAGS, "--data", train)
     assert "twice" in refused(*FLAGS, "--data", train, train)
     for name in ("train", "other"):  # a class that is called train hides no other
         shutil.copytree(train / "red", tmp_path / "classes" / name)
-    assert knn.Labelled(tmp_path / "classes", 32).classes == ["other", "train"]
+    assert knn.open_folder(tmp_path / "classes", 32).classes == ["other", "train"]
     bad = r2o.build_encoder("tiny").state_dict()
     bad["conv1.weight"][0, 0, 0, 0] = float("nan")
     torch.save({"arch": "tiny", "state_dict": bad}, tmp_path / "nan.pth")
