@@ -39,7 +39,7 @@ lint: .venv/done
 .venv/done: Makefile
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q $(TORCH) scikit-image tqdm pybind11 ninja setuptools ruff==0.17.6 pytest hypothesis tensorboard \
-		pycocotools safetensors timm pytest-xdist
+		pycocotools safetensors timm matplotlib pytest-xdist
 	touch $@
 
 build/done: .venv/done setup.py $(wildcard csrc/*.* csrc/*/*) $(if $(wildcard r2o_C*.so),,always)

@@ -10,13 +10,11 @@ features; pixels go to the nearest center, or with their region. Void pixels and
 """
 
 import itertools
-import math
 import pickle
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
 import r2o
@@ -24,10 +22,9 @@ from evals.common import Tested, add_encoder_flags, group_masks, need_writable, 
 from evals.measures import best_overlap, objects_of
 from evals.truth import add_truth_flags, decode, list_masks, load_coco, read_ids, readable
 from runtime import cli, distributed
-from runtime.cli import count, natural, need, number
+from runtime.cli import count, natural, need, need_package, number
 from runtime.images import PackedList, read_image
-from runtime.pictures import palette
-from runtime.storage import save_atomically, write_json
+from runtime.storage import write_json
 
 
 def parse_args(argv):
@@ -43,7 +40,10 @@ def parse_args(argv):
     p.add_argument("--workers", type=natural, default=distributed.cores_per_process(), help="that read images")
     p.add_argument("--json", default="eval_abo.json", help="file for the results")
     p.add_argument("--plot", metavar="PNG", help="also draw the overlap over epochs, or over K")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.plot:
+        need_package("matplotlib", "--plot")
+    return args
 
 
 class Truth(Dataset):
@@ -134,34 +134,21 @@ def curves_of(scores: dict[tuple, float], tested: list[Tested]) -> tuple[dict[st
     return curves | priors, "epoch" if several else "K"
 
 
-def plot(curves: dict[str, list[tuple[float, float]]], title: str, across: str, path: str | Path):
-    """Labelled lines of (x, y) as a PNG, by Pillow alone; K on a logarithmic axis."""
-    width, height, left, right, top, bottom = 820, 440, 60, 220, 34, 44
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    xs, ys = zip(*(point for line in curves.values() for point in line), strict=True)
-    scale = math.log if across == "K" else float
-    x0, x1, y0, y1 = scale(min(xs)), scale(max(max(xs), min(xs) + 1)), min(ys) - 0.02, max(ys) + 0.02
+def plot(curves: dict[str, list[tuple[float, float]]], title: str, across: str, path: str):
+    """Labelled lines as a PNG; K on a logarithmic axis."""
+    from matplotlib.figure import Figure
 
-    def at(x, y):
-        u, v = (scale(x) - x0) / (x1 - x0), (y - y0) / (y1 - y0)
-        return left + u * (width - left - right), height - bottom - v * (height - top - bottom)
-
-    draw.text((left, 12), title, fill="black")
-    draw.text((left + (width - left - right) / 2 - 3 * len(across), height - 18), across, fill="black")
-    ticks = sorted(set(xs))
-    for x in ticks[:: -(-len(ticks) // 12)]:
-        draw.text((at(x, y0)[0] - 3 * len(f"{x:g}"), height - bottom + 6), f"{x:g}", fill="black")
-    for y in np.linspace(y0, y1, 6):
-        draw.line((*at(ticks[0], y), width - right, at(ticks[0], y)[1]), fill=(225, 225, 225))
-        draw.text((12, at(ticks[0], y)[1] - 6), f"{y:.3f}", fill="black")
-    for i, (label, line) in enumerate(curves.items()):
-        colour = tuple((200 * palette(torch.tensor(i))).int().tolist())
-        draw.line([at(*point) for point in line], fill=colour, width=2)
-        for x, y in (at(*point) for point in line):
-            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
-        draw.text((width - right + 12, top + 16 * i), label, fill=colour)
-    save_atomically(path, lambda f: sheet.save(f, "PNG"))
+    axes = Figure(figsize=(8.2, 4.4), layout="constrained").subplots()
+    for label, line in curves.items():
+        axes.plot(*zip(*line, strict=True), "o-" if "masks" in label else "--", label=label, markersize=4)
+    if across == "K":
+        ticks = sorted({x for line in curves.values() for x, _ in line})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.set(xlabel=across, ylabel="average best overlap", title=title)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes.figure.savefig(path, format="png", dpi=100)
 
 
 def evaluate(args) -> int:
