@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
@@ -111,15 +112,16 @@ class Objects(Dataset):
         rng = np.random.default_rng([self.seed, epoch, i])
         scale = rng.uniform(0.8, 1.25) * self.size / max(h, w)
         shape = max(1, round(scale * h)), max(1, round(scale * w))
-        image, masks, mirrored, top, left = finetune.crop(rng, image, self.masks(i), shape, self.size, 0)
-        x, y, width, height = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).unbind(1)
-        x = w - x - width if mirrored else x
-        boxes = torch.stack([x, y, x + width, y + height], 1)
-        boxes = boxes * torch.tensor([shape[1] / w, shape[0] / h] * 2) - torch.tensor([left, top] * 2)
-        boxes = boxes.clamp(0, self.size)
-        labels = torch.tensor([self.label[a["category_id"]] for a in annotations])
-        kept = masks.flatten(1).bool().any(1) & (boxes[:, 2:] - boxes[:, :2] > 1e-3).all(1)  # the rest is outside
-        return image, {"boxes": boxes[kept], "labels": labels[kept], "masks": masks[kept]}
+        boxes = box_convert(torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32), "xywh", "xyxy")
+        sample = {
+            "image": tv_tensors.Image(image),
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(h, w)),
+            "labels": torch.tensor([self.label[a["category_id"]] for a in annotations]),
+            "masks": tv_tensors.Mask(self.masks(i)),
+        }
+        sample = {n: x.as_subclass(Tensor) for n, x in finetune.jitter(rng, sample, shape, self.size).items()}
+        image, present = sample.pop("image"), sample["masks"].flatten(1).any(1)  # some boxes keep only an empty corner
+        return image, {name: x[present] for name, x in sample.items()}
 
 
 def detection_loss(ddp: nn.Module, batch) -> Tensor:

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import r2o
@@ -145,20 +146,20 @@ def training_encoder(args) -> tuple[nn.Module, str, str]:
     return encoder.train(), line, digest.hexdigest()[:16]
 
 
-def crop(rng: np.random.Generator, image: Tensor, maps: Tensor, shape: tuple[int, int], size: int, void: int):
-    """Resizes to `shape`, mirrors with p = 0.5, cuts a random size x size window; where the image is smaller, pads
-    below and to the right with the mean colour. image: (3, h, w) uint8; maps: (n, h, w) uint8, resized by the nearest
-    pixel and padded with `void`. Returns image, maps, whether mirrored, and the window's top and left."""
-    image = TF.resize(image, list(shape), antialias=True)
-    maps = TF.resize(maps, list(shape), TF.InterpolationMode.NEAREST_EXACT)
-    mirrored = rng.random() < 0.5
-    if mirrored:
-        image, maps = image.flip(-1), maps.flip(-1)
-    top, left = (int(rng.integers(0, max(0, side - size) + 1)) for side in shape)
-    image, maps = (x[:, top : top + size, left : left + size] for x in (image, maps))
-    whole = torch.tensor([124, 116, 104], dtype=torch.uint8)[:, None, None].repeat(1, size, size)  # ImageNet's mean
-    whole[:, : image.shape[1], : image.shape[2]] = image
-    return whole, F.pad(maps, [0, size - maps.shape[2], 0, size - maps.shape[1]], value=void), mirrored, top, left
+def jitter(rng: np.random.Generator, sample: dict, shape: tuple[int, int], size: int, void: int = 0) -> dict:
+    """Resize a sample of tv_tensors to `shape`, mirror it with p = 0.5, and crop or pad it to size x size: images with
+    ImageNet's mean colour, masks with `void`. Boxes of less than a pixel are removed, with labels and masks."""
+    fill = {tv_tensors.Image: [124, 116, 104], tv_tensors.Mask: void, "others": 0}
+    crop = v2.RandomCrop((size, size), pad_if_needed=True, fill=fill)
+    steps = [v2.Resize(shape, antialias=True), v2.RandomHorizontalFlip(), crop]
+    if "boxes" in sample:
+        steps.append(v2.SanitizeBoundingBoxes())
+    for name in [n for n, x in sample.items() if isinstance(x, tv_tensors.Mask)]:  # v2.Resize would shift them: NEAREST
+        resized = TF.resize(sample[name].as_subclass(Tensor), shape, v2.InterpolationMode.NEAREST_EXACT)
+        sample[name] = tv_tensors.Mask(resized)
+    with torch.random.fork_rng(devices=[]):  # all randomness follows from rng
+        torch.manual_seed(int(rng.integers(2**63)))
+        return v2.Compose(steps)(sample)
 
 
 def eval_samples(data: Dataset, workers: int, title: str):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, Subset
-from torchvision import datasets
+from torchvision import datasets, tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
 import r2o
@@ -123,8 +123,9 @@ class Scenes(Dataset):
         rng = np.random.default_rng([self.seed, epoch, i])
         scale = rng.uniform(*self.scales)
         shape = tuple(max(1, round(scale * side)) for side in label.shape)
-        image, label, *_ = finetune.crop(rng, image, label[None], shape, self.crop, VOID)
-        return image, label[0]
+        sample = {"image": tv_tensors.Image(image), "label": tv_tensors.Mask(label[None])}
+        sample = finetune.jitter(rng, sample, shape, self.crop, VOID)
+        return sample["image"].as_subclass(Tensor), sample["label"].as_subclass(Tensor)[0]
 
 
 def open_split(data: Path, which: str, split: str, sbd: Path | None = None):

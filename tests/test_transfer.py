@@ -11,6 +11,7 @@ from conftest import ROOT, load, picture, refused_by, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision import tv_tensors
 
 import r2o
 from evals import detect, finetune, measures, segment, truth
@@ -87,28 +88,38 @@ def test_the_learning_rate_rises_and_drops():
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(20, 70), st.integers(20, 70), st.floats(0.5, 2), st.integers(32, 64))
-def test_crops_keep_maps_on_the_image_and_say_where_they_are(seed, h, w, scale, size):
-    """A map that is the image, thresholded, still is after scaling, mirroring, cutting and padding."""
+def test_a_mask_stays_on_its_image_and_padding_is_void(seed, h, w, scale, size):
+    """A mask that is the thresholded image still is after scaling, mirroring, cropping and padding."""
     image = torch.zeros(3, h, w, dtype=torch.uint8)
     image[:, h // 4 : h // 2, w // 3 : 2 * w // 3] = 255
-    maps = (image[:1] > 127).to(torch.uint8)
+    sample = {"image": tv_tensors.Image(image), "mask": tv_tensors.Mask((image[:1] > 127).to(torch.uint8))}
     shape = round(scale * h), round(scale * w)
-    x, m, mirrored, top, left = finetune.crop(np.random.default_rng(seed), image, maps, shape, size, 9)
+    x, m = finetune.jitter(np.random.default_rng(seed), sample, shape, size, 9).values()
     assert x.shape == (3, size, size) and m.shape == (1, size, size)
-    inside = torch.zeros(size, size, dtype=torch.bool)
-    inside[: shape[0] - top, : shape[1] - left] = True
-    assert (m[0][~inside] == 9).all() and (m[0][inside] <= 1).all()
+    m = m[0]
+    inside = m != 9
+    rows, columns = inside.any(1), inside.any(0)
+    assert (rows.sum(), columns.sum()) == (min(size, shape[0]), min(size, shape[1]))
+    assert torch.equal(inside, rows[:, None] & columns)  # a rectangle
     assert (x[:, ~inside] == torch.tensor([124, 116, 104], dtype=torch.uint8)[:, None]).all()
     sure = inside & ((x[0] < 60) | (x[0] > 195))
-    wrong = (m[0] != (x[0] > 127).to(torch.uint8)) & sure
+    wrong = (m != (x[0] > 127).to(torch.uint8)) & sure
     assert wrong.sum() <= 0.02 * sure.sum()
-    y, x0 = (torch.tensor([h // 4, h // 2]) * scale, torch.tensor([w // 3, 2 * w // 3]) * scale)
-    x0 = (shape[1] - x0).flip(0) if mirrored else x0
-    y, x0 = y - top, x0 - left
-    rows, columns = (torch.where(m[0] == 1)[i] for i in (0, 1))
-    if len(rows):
-        assert y[0] - 2 <= rows.min() and rows.max() <= y[1] + 2
-        assert x0[0] - 2 <= columns.min() and columns.max() <= x0[1] + 2
+    if min(size - shape[0], size - shape[1]) >= 0:  # nothing was cut off
+        height, width = scale * (h // 2 - h // 4), scale * (2 * w // 3 - w // 3)
+        assert (m == 1).any(1).sum() == pytest.approx(height, abs=1.5)
+        assert (m == 1).any(0).sum() == pytest.approx(width, abs=1.5)
+
+
+def test_samples_are_mirrored_and_follow_from_their_generator_alone():
+    ramp = torch.arange(9, dtype=torch.uint8).expand(3, 9, 9) * 20
+    seen = []
+    for seed in [*range(9), 0]:
+        torch.manual_seed(len(seen))  # must not matter
+        sample = {"image": tv_tensors.Image(ramp)}
+        seen.append(finetune.jitter(np.random.default_rng(seed), sample, (9, 9), 9)["image"])
+    assert torch.equal(seen[0], seen[-1])
+    assert {bool(x[0, 0, 0] > x[0, 0, -1]) for x in seen} == {True, False}
 
 
 def voc(root, count=4):
@@ -293,10 +304,6 @@ def test_seeds_scales_and_steps_are_what_the_flags_say(shapes, coco, tmp_path, m
     assert loss == pytest.approx(np.log(21)) and torch.equal(seen[0], r2o.normalize(batch[0]))
     detect_loss(lambda x, t: seen.append(x) or {"loss": torch.ones(())}, [boxes[0, 0]])
     assert 0.5 < seen[1][0].max() <= 1 and rcnn.transform.size_divisible == 64
-    mirrored = {
-        finetune.crop(np.random.default_rng(i), *[torch.zeros(3, 9, 9).byte()] * 2, (9, 9), 9, 0)[2] for i in range(9)
-    }
-    assert mirrored == {True, False}
 
 
 def test_two_processes_train_and_evaluate_together(shapes, tmp_path):
