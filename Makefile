@@ -17,7 +17,7 @@ demo: build/done
 	$(PY) demo.py
 
 test: lint build/done
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist worksteal
 
 bench: build/done .venv/peers-$(DEVICE)
 	$(PY) bench/bench.py --device $(DEVICE) $(BENCH)

@@ -12,7 +12,8 @@ from PIL import Image
 
 import train
 
-torch.set_num_threads(2)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: two tests may run side by side
+torch.set_num_threads(1)
 
 
 def picture(seed: int, size=(80, 64)) -> Image.Image:
@@ -49,8 +50,7 @@ def command(photos, out, *flags, torchrun=0):
 
 
 def run(*args, **kwargs):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(*args, **kwargs), cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command(*args, **kwargs), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -85,6 +85,7 @@ def colours(tmp_path_factory):
 FLAGS = "--ckpt random --arch tiny --size 32 -k 3 1 --batch-size 4 --workers 0".split()
 
 
+@pytest.mark.slow
 def test_colours_are_told_apart_by_one_process_and_by_two(colours, tmp_path, capsys):
     out = tmp_path / "one.json"
     knn.main([*FLAGS, "--data", str(colours), "--json", str(out)])
@@ -105,6 +106,7 @@ def test_colours_are_told_apart_by_one_process_and_by_two(colours, tmp_path, cap
     assert json.loads(out.read_text())["k"] == one["k"]
 
 
+@pytest.mark.slow
 def test_processes_of_unequal_shares_find_what_one_finds(tmp_path):
     """3 processes, 10 rows of the bank, 7 queries: all as in one process, with labels that chance alone would not
     give."""

@@ -221,6 +221,7 @@ print(len(maps), header["num_regions"])
 """
 
 
+@pytest.mark.slow
 def test_one_process_makes_the_maps_and_another_takes_over_where_it_dies(photos, tmp_path):
     """The others wait; nothing is computed twice but the map that was being made."""
     path = tmp_path / "regions.npy"

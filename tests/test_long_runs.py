@@ -23,12 +23,10 @@ from runtime import checkpoint, distributed, report
 from runtime.progress import NonFiniteGuard, Progress
 from runtime.storage import save_atomically, try_lock
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-
 
 def start(argv, **kwargs):
     """A process in a group of its own."""
-    settings = {"cwd": ROOT, "env": ENV, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    settings = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(argv, start_new_session=True, **(settings | kwargs))
 
 
@@ -57,11 +55,12 @@ def assert_same_end(out, want, logs=True):
 # ---- kill -9 ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_bits(photos, finished, tmp_path):
     """In the midst of the region maps, of a step, of a checkpoint; resumed inside epochs and between."""
     out = tmp_path / "out"
     kills = [sys.executable, "tests/kill.py", "20", "0", str(out), "--data", str(photos), *SMALL, "--save-every", "2"]
-    done = subprocess.run(kills, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(kills, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     moments = done.stdout.split()
     assert len(moments) == 20 and {"maps", "checkpoint", "training"} <= set(moments), moments
@@ -78,6 +77,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_bits(photos, f
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.slow
 def test_a_stop_signal_saves_at_the_next_step_and_exits_with_75(photos, finished, tmp_path, number):
     """Sent to all processes, loader's workers too, as batch systems do."""
     out = tmp_path / "out"
@@ -93,6 +93,7 @@ def test_a_stop_signal_saves_at_the_next_step_and_exits_with_75(photos, finished
 
 
 @pytest.mark.parametrize("whom", ["torchrun", "one worker"])
+@pytest.mark.slow
 def test_torchrun_told_to_stop_saves_before_it_ends(photos, tmp_path, whom):
     """A worker that alone is told tells the others."""
     out = tmp_path / "out"
@@ -116,14 +117,6 @@ def copy(finished, tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def one_thread():
-    """As many as the finished run had: sums may depend on it."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
-
-
 def torn(path, how):
     whole = path.read_bytes()
     middle = len(whole) // 2
@@ -132,7 +125,7 @@ def torn(path, how):
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped", "empty"])
-def test_the_checkpoint_before_is_used_where_the_last_is_torn(photos, finished, copy, capsys, one_thread, how):
+def test_the_checkpoint_before_is_used_where_the_last_is_torn(photos, finished, copy, capsys, how):
     """Loadable means all of it: tensors are under checksums."""
     torn(copy / "last.pth", how)
     train.main(["--data", str(photos), "--out", str(copy), *SMALL])
@@ -143,9 +136,7 @@ def test_the_checkpoint_before_is_used_where_the_last_is_torn(photos, finished, 
     assert (copy / "last.pth.damaged").exists()
 
 
-def test_a_run_killed_between_two_renames_goes_on_from_the_checkpoint_before(
-    photos, finished, copy, capsys, one_thread
-):
+def test_a_run_killed_between_two_renames_goes_on_from_the_checkpoint_before(photos, finished, copy, capsys):
     (copy / "last.pth").unlink()
     train.main(["--data", str(photos), "--out", str(copy), *SMALL])
     assert "resuming after step 6" in capsys.readouterr().out
@@ -233,13 +224,14 @@ train.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_are_skipped_by_all_and_a_rank_without_pairs_takes_part(photos, tmp_path):
     """On rank 1 of 2, steps 2 and 5 of 9 are NaN, steps 3 and 4 show no mask to both views."""
     script, out = tmp_path / "faulty.py", tmp_path / "out"
     script.write_text(FAULTY)
     argv = command(photos, out, "--save-every", "0", torchrun=2)
     argv[argv.index("train.py")] = str(script)
-    process = start(argv, env={**ENV, "PYTHONPATH": str(ROOT)})
+    process = start(argv, env={**os.environ, "PYTHONPATH": str(ROOT)})
     printed = process.communicate(timeout=120)[0]
     assert process.returncode == 0, printed
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -339,6 +331,7 @@ def test_each_alarm_has_its_sign():
 # ---- many processes --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_torchrun_goes_on_after_a_worker_was_killed(photos, tmp_path):
     """--max-restarts: the same weights as two processes that nobody killed."""
     for name in ("whole", "hurt"):
@@ -353,6 +346,7 @@ def test_torchrun_goes_on_after_a_worker_was_killed(photos, tmp_path):
     assert_same_end(tmp_path / "hurt", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_nodes_train_together_and_one_goes_on_alone(photos, tmp_path):
     """Two torchruns that meet at a rendezvous, as on two machines; one is lost, with all its distributed."""
     with socket.socket() as s:
@@ -384,6 +378,7 @@ train.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_the_first_loss_does_not_depend_on_the_number_of_processes_or_parts(photos, tmp_path):
     """With batch norm out of the way, which is per process and part. One step of 24 images; the last of each have 6
     and 12 images a process, which share their K-means of 12 and 24 with others."""
@@ -398,7 +393,8 @@ def test_the_first_loss_does_not_depend_on_the_number_of_processes_or_parts(phot
         argv += ["--kmeans-group", str(group), "--accum", str(accum), "--assign", assign]
         if world == 1:
             argv = [argv[0], *argv[argv.index(str(script)) :]]
-        done = subprocess.run(argv, cwd=ROOT, env={**ENV, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         row = json.loads((out / "log.jsonl").read_text())
         return row, load(out / "r2o.pth")["state_dict"]["conv1.weight"]

@@ -62,6 +62,7 @@ def test_a_finished_run_started_again_changes_nothing(photos, finished):
     assert same(load(finished[0] / "r2o.pth")["state_dict"], weights)
 
 
+@pytest.mark.slow
 def test_two_processes_train_together(photos, finished, tmp_path):
     """Under torchrun with gloo: the same data and masks, batch norm per process."""
     printed = run(photos, tmp_path / "out", torchrun=2)
@@ -141,7 +142,7 @@ def test_four_steps_of_training_are_what_they_are_written_to_be(photos, tmp_path
         model.update_target(1 - 0.1 * (np.cos(np.pi * step / 4) + 1) / 2)
     state = load(tmp_path / "last.pth")["model"]
     for name, want in model.state_dict().items():
-        torch.testing.assert_close(state[name], want, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(state[name], want, rtol=1e-4, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}")
     exported = load(tmp_path / "r2o.pth")["state_dict"]
     assert all(torch.equal(x, state[f"online.encoder.{name}"]) for name, x in exported.items())
 

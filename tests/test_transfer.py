@@ -201,6 +201,7 @@ def results(out):
     return json.loads((out / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_learns_its_training_images_and_says_how_well(shapes, tmp_path, capsys):
     out = tmp_path / "out"
     flags = ["--data", shapes, "--out", out, "--epochs", 50, "--lr", 0.05, 1e-6, "--seeds", 0, 1, "--scales", 1, 1]
@@ -306,6 +307,7 @@ def test_seeds_scales_and_steps_are_what_the_flags_say(shapes, coco, tmp_path, m
     assert 0.5 < seen[1][0].max() <= 1 and rcnn.transform.size_divisible == 64
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_evaluate_together(shapes, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     more = ["--data", str(shapes), "--out", str(tmp_path), "--epochs", "2", "--lr", "0.01", "--seeds", "0"]
@@ -440,6 +442,7 @@ def test_ap_of_the_truth_is_100_and_of_nothing_0(coco):
 DETECT = "--ckpt random --arch tiny --size 64 --batch-size 2 --workers 0 --lr 0.01 --warmup 2".split()
 
 
+@pytest.mark.slow
 def test_a_detector_trains_resumes_and_is_measured(coco, tmp_path, monkeypatch, capsys):
     def flags(name):
         return [str(f) for f in (*DETECT, "--data", coco, "--out", tmp_path / name, "--epochs", 1)]
@@ -456,6 +459,7 @@ def test_a_detector_trains_resumes_and_is_measured(coco, tmp_path, monkeypatch, 
     assert Image.open(tmp_path / "whole/lr0.01-seed0/masks.png").width == 3 * 228 - 4
 
 
+@pytest.mark.slow
 def test_two_processes_detect_together(coco, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     more = ["--data", str(coco), "--out", str(tmp_path), "--epochs", "1"]
