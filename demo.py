@@ -36,7 +36,7 @@ RECIPE += f" --lr 1 --lr-k 0 --k-start {K_START} --k-end {K_END}"
 
 
 def tints(rng) -> np.ndarray:
-    """Two nearly grey colours of different lightness, (2, 3)."""
+    """Two nearly gray colors of different lightness, (2, 3)."""
     while True:
         light = rng.uniform(0.1, 0.9, (2, 1))
         if abs(light[0] - light[1]) > 0.25:

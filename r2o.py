@@ -77,7 +77,7 @@ def grid_regions(cells: int = 14, size: int = 56) -> Tensor:
     return (row[:, None] * cells + row).to(torch.uint8)
 
 
-# ---- Mask prediction (Sec. 3.1): region_pool gives the p_i, kmeans minimises Eq. (3); both are in r2o_ops.py ---------
+# ---- Mask prediction (Sec. 3.1): region_pool gives the p_i, kmeans minimizes Eq. (3); both are in r2o_ops.py ---------
 
 
 @torch.no_grad()
@@ -269,7 +269,7 @@ class R2O(nn.Module):
     def predict_masks(
         self, encoder: nn.Module, images: Tensor, regions: Tensor, num_clusters: int, uniforms: Tensor, ranks: int = 1
     ) -> Tensor:
-        """predict_masks() of the encoder's C4, with this model's settings. images: (B, 3, S, S) normalised."""
+        """predict_masks() of the encoder's C4, with this model's settings. images: (B, 3, S, S) normalized."""
         c4 = self.encode_c4(encoder, images)  # (B, C, H, W)
         settings = self.num_regions, self.assign, self.kmeans_iters
         return predict_masks(c4, regions, num_clusters, uniforms, *settings, ranks)
@@ -286,7 +286,7 @@ class R2O(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one step, Eq. (5), and statistics to watch.
 
-        images: (B, 3, S, S) and views: (2B, 3, S, S), the first views then the second, normalised. regions: (B, h, w).
+        images: (B, 3, S, S) and views: (2B, 3, S, S), the first views then the second, normalized. regions: (B, h, w).
         boxes: (B, 2, 4). flips: (B, 2). generator: a CPU torch.Generator; in the same state on all ranks it makes
         K-means independent of their number, and micro-batches that share it cluster exactly as the full batch would.
         Returns the loss, whose average over ranks (DDP's) is the mean over all pairs, and scalars to watch. Raises
@@ -454,7 +454,7 @@ def target_momentum(step: int, steps: int, base: float = 0.99) -> float:
 
 @dataclass(frozen=True)
 class Schedule:
-    """K, learning rate and tau of every optimiser step, counted from 0. Defaults: A.1. The learning rate peaks at
+    """K, learning rate and tau of every optimizer step, counted from 0. Defaults: A.1. The learning rate peaks at
     lr * batch_size / 256 * K / lr_k after 1 % of the steps; lr_k = 0 leaves the factor for K out. `shape` is
     num_clusters' schedule. differs: the paper's text says times K, not K / 16, which gives a peak of 614."""
 
@@ -503,14 +503,14 @@ def draw_crop(rng: np.random.Generator, h: int, w: int) -> tuple[int, int, int, 
 
 
 def draw_factors(rng: np.random.Generator, view: int) -> list[float]:
-    """Parameters of one view's colour changes, 11: the order of the four jitters (-1: none), brightness, contrast,
-    saturation and hue factor, whether grey, sigma of the blur in 224ths of the view (0: none), whether solarised."""
+    """Parameters of one view's color changes, 11: the order of the four jitters (-1: none), brightness, contrast,
+    saturation and hue factor, whether gray, sigma of the blur in 224ths of the view (0: none), whether solarized."""
     u = rng.random(13).tolist()
     order = sorted(range(4), key=u.__getitem__) if u[4] < 0.8 else [-1] * 4
     jitter = [0.6 + 0.8 * u[5], 0.6 + 0.8 * u[6], 0.8 + 0.4 * u[7], 0.2 * u[8] - 0.1]
-    blur, solarise = ((1.0, 0.0), (0.1, 0.2))[view]
+    blur, solarize = ((1.0, 0.0), (0.1, 0.2))[view]
     sigma = 0.1 + 1.9 * u[10] if u[9] < blur else 0.0
-    return [*order, *jitter, u[11] < 0.2, sigma, u[12] < solarise]
+    return [*order, *jitter, u[11] < 0.2, sigma, u[12] < solarize]
 
 
 def draw_views(image: Tensor, size: int, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -529,10 +529,10 @@ def draw_views(image: Tensor, size: int, rng: np.random.Generator) -> dict[str, 
     return {"views": views, "boxes": boxes, "flips": flips, "factors": factors}
 
 
-# ---- Views (A.1), 2: on the device, mirror, jitter, grey, blur, solarise and normalise a whole batch -----------------
+# ---- Views (A.1), 2: on the device, mirror, jitter, gray, blur, solarize and normalize a whole batch -----------------
 
 
-def grey(x: Tensor) -> Tensor:
+def gray(x: Tensor) -> Tensor:
     """(N, 3, S, S) -> (N, 1, S, S), ITU-R 601 luma."""
     return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
 
@@ -542,12 +542,12 @@ def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    mean = grey(x).mean((1, 2, 3), keepdim=True)
+    mean = gray(x).mean((1, 2, 3), keepdim=True)
     return (mean + factor * (x - mean)).clamp(0, 1)
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    luma = grey(x)
+    luma = gray(x)
     return (luma + factor * (x - luma)).clamp(0, 1)
 
 
@@ -579,9 +579,9 @@ JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
 def augment(views: Tensor, flips: Tensor, factors: Tensor) -> Tensor:
-    """Mirror a batch of views and change its colours as A.1 says. views: (N, 3, S, S) uint8 and flips: (N,) on the
+    """Mirror a batch of views and change its colors as A.1 says. views: (N, 3, S, S) uint8 and flips: (N,) on the
     training device. factors: (N, 11) of draw_factors, kept on the CPU so that selecting images needs no device sync.
-    Returns normalised float32."""
+    Returns normalized float32."""
     x = views.to(torch.float32, memory_format=torch.contiguous_format) / 255
     x = torch.where(flips.view(-1, 1, 1, 1), x.flip(-1), x)
 
@@ -595,7 +595,7 @@ def augment(views: Tensor, flips: Tensor, factors: Tensor) -> Tensor:
     for slot in range(4):
         for j, f in enumerate(JITTER):
             change(factors[:, slot] == j, f, 4 + j)
-    change(factors[:, 8] > 0, lambda v: grey(v).expand_as(v), None)
+    change(factors[:, 8] > 0, lambda v: gray(v).expand_as(v), None)
     change(factors[:, 9] > 0, lambda v, sigma: gaussian_blur(v, sigma * v.shape[-1] / 224), 9)
     change(factors[:, 10] > 0, lambda v: torch.where(v >= 0.5, 1 - v, v), None)
     return normalize(x)

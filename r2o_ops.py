@@ -106,7 +106,7 @@ def region_pool(features: Tensor, regions: Tensor, num_regions: int) -> tuple[Te
 
 
 def cluster_scores(points: Tensor, centers: Tensor) -> Tensor:
-    """(G, N, D), (G, K, D) -> (G, N, K): x·mu - |mu|²/2, largest for the nearest centre; |x - mu|² = |x|² - 2 score."""
+    """(G, N, D), (G, K, D) -> (G, N, K): x·mu - |mu|²/2, largest for the nearest center; |x - mu|² = |x|² - 2 score."""
     return torch.baddbmm(-centers.square().sum(-1)[:, None] / 2, points, centers.mT)
 
 
@@ -123,7 +123,7 @@ def kmeans_ref(points: Tensor, valid: Tensor, uniforms: Tensor, max_iters: int) 
     if N == 0:
         return points.new_zeros(G, K, D), valid.new_zeros(G, 0, dtype=torch.long)
     points = torch.where(valid[..., None], points, 0)  # invalid points may hold NaN
-    # Centre first: distances from dot products lose precision when all points are far from the origin, as ReLU features
+    # Center first: distances from dot products lose precision when all points are far from the origin, as ReLU features
     # are.
     mean = points.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None]  # (G, 1, D)
     points = torch.where(valid[..., None], points - mean, 0)
@@ -167,9 +167,9 @@ def kmeans(
 
     points: (G, N, D) floating point. valid: (G, N) bool, the points that count (default: all; rows that are not finite
     never count). Stops when no point changes cluster, at the latest after max_iters. generator: torch.Generator.
-    Returns centers (G, K, D), float32 or float64, and assignment (G, N), the id of the nearest centre, -1 if not valid.
-    An emptied cluster keeps its centre. A group of fewer than K valid points gets that many clusters; its spare centres
-    repeat centre 0 and own nothing. Nothing is NaN while squared distances are finite. Raises ValueError.
+    Returns centers (G, K, D), float32 or float64, and assignment (G, N), the id of the nearest center, -1 if not valid.
+    An emptied cluster keeps its center. A group of fewer than K valid points gets that many clusters; its spare centers
+    repeat center 0 and own nothing. Nothing is NaN while squared distances are finite. Raises ValueError.
     """
     _expect("points", points, "float", None, None, None)
     _check(points.shape[2] >= 1, "points must have at least one dimension")

@@ -62,7 +62,7 @@ def parse_args(argv=None):
     add("--tau", type=number(float, 0, 1), default=0.99, help="target's momentum at first; lower for very short runs")
     add("--hidden", type=count, default=4096, help="width of projector and predictor; lower for tiny")
     add("--dim", type=count, default=256, help="width of projections; lower for tiny")
-    add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of weights, order, crops, colours and clusters")
+    add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of weights, order, crops, colors and clusters")
     add("--compile", action="store_true", help="compile the encoders with torch.compile; --dry-run shows if it helps")
     add("--changed", action="store_true", help="resume with another --lr, --lr-k, --weight-decay or --tau than before")
     add = p.add_argument_group("masks (Sec. 3.1, 3.3)").add_argument
@@ -148,7 +148,7 @@ def make_schedule(args, images: int) -> r2o.Schedule:
 
 
 def build(args, num_regions: int) -> tuple[r2o.R2O, nn.Module, r2o.LARS]:
-    """Join the process group; build model, DDP wrapper (or the model again) and optimiser, alike on all ranks."""
+    """Join the process group; build model, DDP wrapper (or the model again) and optimizer, alike on all ranks."""
     distributed.join_process_group()
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(args.seed)
@@ -209,7 +209,7 @@ def forward_backward(ddp: nn.Module, batches, accum: int, k: int, seed: int) -> 
 
 
 def update(model: r2o.R2O, optimizer: r2o.LARS, lr: float, tau: float):
-    """Step the optimiser, then the target network."""
+    """Step the optimizer, then the target network."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

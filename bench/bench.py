@@ -79,7 +79,7 @@ class Calls(TorchDispatchMode):
 
 
 def count(f, device) -> tuple:
-    """f's output; operator calls on a CPU, kernels on a GPU; host synchronisations."""
+    """f's output; operator calls on a CPU, kernels on a GPU; host synchronizations."""
     with Calls() as mode:
         out = f()
     if device.type == "cpu":
@@ -152,7 +152,7 @@ class Bench:
 
     def race(self, what, contestants: dict, bytes_moved=0.0, flop=0.0, inertia=None, less=None, amp=False, timer=once):
         """Times contestants[name](), the first being ours, in turns. less: {name: f}, whose median time is taken off,
-        for a part that has no function of its own. inertia: output -> what K-means minimises. timer: (f, device) ->
+        for a part that has no function of its own. inertia: output -> what K-means minimizes. timer: (f, device) ->
         milliseconds."""
         gemm = "GEMM bfloat16 GFLOP/s" if amp and self.device.type == "cuda" else "GEMM float32 GFLOP/s"
         floor = max(bytes_moved / self.rates["copy GB/s"], flop / self.rates[gemm]) / 1e6

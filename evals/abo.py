@@ -91,7 +91,7 @@ def open_truth(args) -> Truth:
 def measure(tested: list[Tested], ks: list[list[int]], truth: Truth, args, device) -> tuple[dict[tuple, float], int]:
     """ks: numbers of clusters for each encoder. Reads every image once. Returns the mean best overlap,
     by (masks, K, assign), and the number of objects."""
-    order = np.random.default_rng(0).permutation(len(truth)).tolist()  # neighbouring files often share a class
+    order = np.random.default_rng(0).permutation(len(truth)).tolist()  # neighboring files often share a class
     groups = [order[i : i + args.group] for i in range(0, len(order), args.group)]
     loader = DataLoader(truth, batch_sampler=groups, num_workers=args.workers, collate_fn=list)
     sums, total = {}, 0
@@ -135,7 +135,7 @@ def curves_of(scores: dict[tuple, float], tested: list[Tested]) -> tuple[dict[st
 
 
 def plot(curves: dict[str, list[tuple[float, float]]], title: str, across: str, path: str):
-    """Labelled lines as a PNG; K on a logarithmic axis."""
+    """Labeled lines as a PNG; K on a logarithmic axis."""
     from matplotlib.figure import Figure
 
     axes = Figure(figsize=(8.2, 4.4), layout="constrained").subplots()

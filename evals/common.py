@@ -27,7 +27,7 @@ def add_encoder_flags(p: Parser):
 
 
 def calibrated_encoder(ckpt: str, arch: str | None, batches, device: torch.device) -> tuple[nn.Module, str]:
-    """--ckpt's encoder on `device`, and a line about it. batches: of normalised images, to calibrate a random one."""
+    """--ckpt's encoder on `device`, and a line about it. batches: of normalized images, to calibrate a random one."""
     encoder, line = load_encoder(ckpt, arch)
     encoder = encoder.to(device)
     if ckpt == "random":
@@ -38,7 +38,7 @@ def calibrated_encoder(ckpt: str, arch: str | None, batches, device: torch.devic
 
 @torch.no_grad()
 def calibrate(encoder: nn.Module, batches):
-    """Measure an untrained encoder's batch norm statistics on batches of normalised images. These alone raise its
+    """Measure an untrained encoder's batch norm statistics on batches of normalized images. These alone raise its
     score; without this step, training would get the credit for them."""
     norms = [m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)]
     for m in norms:
@@ -52,7 +52,7 @@ def calibrate(encoder: nn.Module, batches):
 
 @torch.no_grad()
 def group_masks(encoder: nn.Module, images: Tensor, regions: Tensor, k: int, assign: str, seed: int) -> Tensor:
-    """Masks as in training, of one group of images that share K clusters. images: (B, 3, S, S) normalised. regions:
+    """Masks as in training, of one group of images that share K clusters. images: (B, 3, S, S) normalized. regions:
     (B, h, w). Returns (B, H, W) for assign = "pixel", (B, h, w) for "region"."""
     c4 = r2o.encode_c4(encoder, images)
     uniforms = r2o.seeding_uniforms(1, k, torch.Generator().manual_seed(seed)).to(c4.device)
@@ -93,9 +93,9 @@ def mask_columns(wanted: list, images: Tensor, regions: Tensor, shown: list[int]
     """film_strip's columns of the `shown` images: image, prior, and masks as (label, encoder, K) in `wanted` say. All
     images, (n, 3, S, S) uint8, share their clusters. regions: (n, h, w)."""
     made = [("image", images[shown]), ("prior", paint(images[shown], regions[shown]))]
-    normalised, regions = r2o.normalize(images.to(device)), regions.to(device)
+    normalized, regions = r2o.normalize(images.to(device)), regions.to(device)
     for label, encoder, k in wanted:
-        masks = group_masks(encoder, normalised, regions, k, "pixel", seed=0).cpu()
+        masks = group_masks(encoder, normalized, regions, k, "pixel", seed=0).cpu()
         made.append((label, paint(images[shown], masks[shown])))
     return made
 
@@ -106,7 +106,7 @@ def read_square(path: str | Path, size: int) -> Tensor:
 
 
 def square_batches(paths: list, size: int):
-    """Normalised batches of at most 256 of the images, for calibrate()."""
+    """Normalized batches of at most 256 of the images, for calibrate()."""
     for i in range(0, min(len(paths), 256), 32):
         yield r2o.normalize(torch.stack([read_square(path, size) for path in paths[i : i + 32]]))
 

@@ -1,4 +1,4 @@
-"""The paper's figures from a checkpoint, as labelled PNGs.
+"""The paper's figures from a checkpoint, as labeled PNGs.
 
     python -m evals.figures --ckpt out --data CUB_200_2011 --out figures      # all epoch_*.pth and r2o.pth in out
     python -m evals.figures --ckpt out/r2o.pth --data images masks

@@ -148,7 +148,7 @@ def training_encoder(args) -> tuple[nn.Module, str, str]:
 
 def jitter(rng: np.random.Generator, sample: dict, shape: tuple[int, int], size: int, void: int = 0) -> dict:
     """Resize a sample of tv_tensors to `shape`, mirror it with p = 0.5, and crop or pad it to size x size: images with
-    ImageNet's mean colour, masks with `void`. Boxes of less than a pixel are removed, with labels and masks."""
+    ImageNet's mean color, masks with `void`. Boxes of less than a pixel are removed, with labels and masks."""
     fill = {tv_tensors.Image: [124, 116, 104], tv_tensors.Mask: void, "others": 0}
     crop = v2.RandomCrop((size, size), pad_if_needed=True, fill=fill)
     steps = [v2.Resize(shape, antialias=True), v2.RandomHorizontalFlip(), crop]
@@ -171,7 +171,7 @@ def eval_samples(data: Dataset, workers: int, title: str):
 
 
 def save_strip(rows: list[tuple[Tensor, Tensor, Tensor]], path: Path):
-    """Images (3, h, w) uint8 with predicted and true ids (h, w), -1 for unpainted pixels, as a labelled PNG."""
+    """Images (3, h, w) uint8 with predicted and true ids (h, w), -1 for unpainted pixels, as a labeled PNG."""
     columns = [[], [], []]
     for image, *maps in rows:
         square = r2o.resize(image, 224)

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification on frozen features (Table 4).
+"""Weighted k-nearest-neighbor classification on frozen features (Table 4).
 
     python -m evals.knn --ckpt r2o.pth --data /imagenet      # its train and val
     torchrun --nproc_per_node=8 -m evals.knn --ckpt r2o.pth --data train val
@@ -33,7 +33,7 @@ def parse_args(argv):
     add_encoder_flags(p)
     data = "a folder with train and val, or these two folders, each with one folder per class"
     p.add_argument("--data", required=True, nargs="+", type=Path, help=data)
-    p.add_argument("-k", type=count, nargs="+", default=[20, 10, 100, 200], help="neighbours")
+    p.add_argument("-k", type=count, nargs="+", default=[20, 10, 100, 200], help="neighbors")
     p.add_argument("--temperature", type=number(float, 0, above=True), default=0.07, help="of the votes")
     p.add_argument("--size", type=number(int, 32), default=224, help="side of the crops")
     p.add_argument("--batch-size", type=count, default=128, help="images at a time")

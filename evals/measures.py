@@ -13,7 +13,7 @@ from runtime.pictures import enlarge
 
 @torch.no_grad()
 def segment_images(encoder: torch.nn.Module, images: Tensor, k: int, layer: str = "c4", generator=None) -> Tensor:
-    """K-means of each image's own features. images: (B, 3, S, S) normalised -> scores (B, K, H, W), whose argmax is the
+    """K-means of each image's own features. images: (B, 3, S, S) normalized -> scores (B, K, H, W), whose argmax is the
     segment. They are linear in the features, so interpolating them interpolates the features."""
     features = (r2o.encode_c4 if layer == "c4" else r2o.encode)(encoder, images).float()
     H, W = features.shape[2:]

@@ -58,7 +58,7 @@ def parse_args(argv):
 
 class FCN(nn.Module):
     """A.2: conv5 with dilation 2 and stride 1; two 3 x 3 convolutions of 256 channels and dilation 6 with batch norm
-    and ReLU; a 1 x 1 convolution to the classes. Images (B, 3, h, w) normalised -> logits (B, classes, h, w)."""
+    and ReLU; a 1 x 1 convolution to the classes. Images (B, 3, h, w) normalized -> logits (B, classes, h, w)."""
 
     def __init__(self, encoder: nn.Module, classes: int):
         super().__init__()

@@ -37,43 +37,43 @@ def read_ids(path: str | Path, kind: str = "auto") -> Tensor:
     """A mask file as ids (h, w) int64: 0 background, -1 void, others objects.
 
     kind: "binary", an object above half of white; "ids", one per object, with 255 as void (16-bit files have none;
-    colours are ImageNet-S's red + 256 green, with 1000 as void); "auto", guess_kind().
+    colors are ImageNet-S's red + 256 green, with 1000 as void); "auto", guess_kind().
     """
     with Image.open(path) as file:
         if file.mode.startswith("I"):  # 16 bits
             ids = torch.from_numpy(np.array(file).astype(np.int64))
             return (ids > 32767).long() if kind == "binary" else ids
         palette = file.mode == "P"
-        indices, light, colours = (np.array(x) for x in (file, file.convert("L"), file.convert("RGB")))
+        indices, light, colors = (np.array(x) for x in (file, file.convert("L"), file.convert("RGB")))
     if kind == "binary":
         return torch.from_numpy(light > 127).long()
-    if not palette and (colours != colours[..., :1]).any():
-        return _ids_of_colours(torch.from_numpy(colours).long(), path)
-    grey = torch.from_numpy(indices if palette else light).long()
-    if kind == "ids" or guess_kind(grey, palette, path) == "ids":
-        return torch.where(grey == 255, -1, grey)
-    return (grey > 127).long()
+    if not palette and (colors != colors[..., :1]).any():
+        return _ids_of_colors(torch.from_numpy(colors).long(), path)
+    gray = torch.from_numpy(indices if palette else light).long()
+    if kind == "ids" or guess_kind(gray, palette, path) == "ids":
+        return torch.where(gray == 255, -1, gray)
+    return (gray > 127).long()
 
 
-def _ids_of_colours(pixels: Tensor, path) -> Tensor:
+def _ids_of_colors(pixels: Tensor, path) -> Tensor:
     red, green, blue = pixels.unbind(-1)
     ids = red + 256 * green
     known = not blue.any() and ids.max() <= 1000
-    need(known, f"the mask {path} is coloured: expected grey, a palette or ImageNet-S's ids")
+    need(known, f"the mask {path} is colored: expected gray, a palette or ImageNet-S's ids")
     return torch.where(ids == 1000, -1, ids)
 
 
-def guess_kind(grey: Tensor, palette: bool, path) -> str:
-    """ "ids" if a palette image holds anything but 0 and 255, or if all grey values but these are below 51; "binary"
+def guess_kind(gray: Tensor, palette: bool, path) -> str:
+    """ "ids" if a palette image holds anything but 0 and 255, or if all gray values but these are below 51; "binary"
     for 0 and 255, for CUB's levels (multiples of 51, which count annotators), and for soft edges."""
-    between, white = grey[(grey > 0) & (grey < 255)], grey == 255
+    between, white = gray[(gray > 0) & (gray < 255)], gray == 255
     if palette or not len(between):
         return "ids" if len(between) else "binary"
     ids = between.max() < 51
     edges = ids and white.sum() > 4 * len(between)  # of a binary mask, or more void than objects
-    dark = not ids and grey.max() < 250 and (between % 51).any()  # ids above 50, or a mask that is not quite white
+    dark = not ids and gray.max() < 250 and (between % 51).any()  # ids above 50, or a mask that is not quite white
     values = f"({between.unique()[:4].tolist()}, …)"
-    unclear = f"the mask {path} may hold ids or grey levels {values}: pass --masks ids or --masks binary"
+    unclear = f"the mask {path} may hold ids or gray levels {values}: pass --masks ids or --masks binary"
     need(not edges and not dark, unclear)
     return "ids" if ids else "binary"
 

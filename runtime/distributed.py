@@ -67,7 +67,7 @@ def attempt_store(rank: int, world: int) -> dist.Store:
 
 
 def to_device(model: nn.Module) -> nn.Module:
-    """The model on this rank's device, its batch norm synchronised between GPUs."""
+    """The model on this rank's device, its batch norm synchronized between GPUs."""
     _, world, device = place()
     if world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

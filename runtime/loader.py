@@ -61,7 +61,7 @@ class ImageRegions(Dataset):
 
 
 class Batches:
-    """Sampler of this rank's share of every batch, for the given optimiser steps. Each epoch is a new permutation of
+    """Sampler of this rank's share of every batch, for the given optimizer steps. Each epoch is a new permutation of
     the images, each batch a slice of it, in `accum` micro-batches, of which each rank has a slice. Drops the rest."""
 
     def __init__(self, images: int, batch: int, steps: range, seed: int, rank: int = 0, world: int = 1, accum: int = 1):
@@ -109,7 +109,7 @@ def copy_ahead(batches, device: torch.device):
 
 
 def network_input(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """A batch on the device -> images (B, 3, S, S) and augmented views (2B, 3, S, S), normalised."""
+    """A batch on the device -> images (B, 3, S, S) and augmented views (2B, 3, S, S), normalized."""
     images = r2o.normalize(batch["image"].movedim(-1, 1)).contiguous(memory_format=torch.channels_last)
     views, flips, factors = (batch[name].transpose(0, 1).flatten(0, 1) for name in ("views", "flips", "factors"))
     views = r2o.augment(views.movedim(-1, 1), flips, factors)

@@ -1,4 +1,4 @@
-"""Pictures of masks: colours, overlays, and strips of labelled columns."""
+"""Pictures of masks: colors, overlays, and strips of labeled columns."""
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from r2o import grey
+from r2o import gray
 
 
 def evenly(n: int, count: int) -> list[int]:
@@ -16,16 +16,16 @@ def evenly(n: int, count: int) -> list[int]:
 
 
 def palette(ids: Tensor) -> Tensor:
-    """A colour for each id, (...) -> (..., 3) in [0.2, 1]; neighbouring ids get distant hues."""
+    """A color for each id, (...) -> (..., 3) in [0.2, 1]; neighboring ids get distant hues."""
     hue = (ids[..., None].float() * 0.618034) % 1  # golden ratio
     k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue) % 6
     return 1 - 0.8 * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def paint(images: Tensor, masks: Tensor) -> Tensor:
-    """Label maps (n, h, w) as colours over the images (n, 3, S, S) uint8. Returns the images' shape and type."""
-    colour = F.interpolate(palette(masks).movedim(-1, 1), images.shape[-2:], mode="nearest")
-    return (255 * (0.75 * colour + 0.25 * grey(images.float() / 255))).round().to(torch.uint8)
+    """Label maps (n, h, w) as colors over the images (n, 3, S, S) uint8. Returns the images' shape and type."""
+    color = F.interpolate(palette(masks).movedim(-1, 1), images.shape[-2:], mode="nearest")
+    return (255 * (0.75 * color + 0.25 * gray(images.float() / 255))).round().to(torch.uint8)
 
 
 def enlarge(ids: Tensor, size) -> Tensor:
@@ -34,7 +34,7 @@ def enlarge(ids: Tensor, size) -> Tensor:
 
 
 def film_strip(columns: list[tuple[str, Tensor]], zoom: int = 1, notes: list[str] | None = None) -> Image.Image:
-    """Labelled columns of n pictures each, (label, (n, 3, S, S) uint8), enlarged `zoom` times, as one image. notes: of
+    """Labeled columns of n pictures each, (label, (n, 3, S, S) uint8), enlarged `zoom` times, as one image. notes: of
     rows."""
     columns = [(label, x.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)) for label, x in columns]
     n, _, s, _ = columns[0][1].shape

@@ -36,7 +36,7 @@ def load_encoder(ckpt: str | Path, arch: str | None = None) -> tuple[nn.Module, 
     if str(ckpt) == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return r2o.build_encoder(arch or "resnet50").eval(), f"{arch or 'resnet50'}, randomly initialised"
+            return r2o.build_encoder(arch or "resnet50").eval(), f"{arch or 'resnet50'}, randomly initialized"
     file = read_weights(ckpt, arch)
     net = r2o.build_encoder(file["arch"])
     net.load_state_dict(file["state_dict"])

@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 
 
 def picture(seed: int, size=(80, 64)) -> Image.Image:
-    """A coloured ellipse on a gradient."""
+    """A colored ellipse on a gradient."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[: size[1], : size[0]] / 64
     ground = rng.uniform(0, 160, 3) + (x[..., None] * rng.uniform(0, 60, 3))

@@ -1,4 +1,4 @@
-"""Schedules, Sec. 3.3, Eq. (A1) and A.1, and the optimiser."""
+"""Schedules, Sec. 3.3, Eq. (A1) and A.1, and the optimizer."""
 
 import math
 

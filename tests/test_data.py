@@ -1,4 +1,4 @@
-"""Data: reading, region maps, crops and flips, and the colour changes of A.1."""
+"""Data: reading, region maps, crops and flips, and the color changes of A.1."""
 
 import numpy as np
 import pytest
@@ -22,12 +22,12 @@ def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# ---- colour changes: each equals torchvision's, given the same factor ------------------------------------------------
+# ---- color changes: each equals torchvision's, given the same factor ------------------------------------------------
 
 
 def images(n=6, seed=0):
     x = torch.rand(n, 3, 32, 32, generator=rng(seed))
-    x[0] = x[0].mean(0)  # grey: hue undefined
+    x[0] = x[0].mean(0)  # gray: hue undefined
     x[1, :, :16], x[1, :, 16:] = 0, 1
     return x
 
@@ -47,8 +47,8 @@ def test_each_jitter_is_torchvision_s_with_a_factor_per_image(ours, theirs, low,
     torch.testing.assert_close(ours(x, factors.view(-1, 1, 1, 1)), want, atol=1e-5, rtol=0)
 
 
-def test_grey_is_torchvision_s():
-    torch.testing.assert_close(r2o.grey(images()), TF.rgb_to_grayscale(images()))
+def test_gray_is_torchvision_s():
+    torch.testing.assert_close(r2o.gray(images()), TF.rgb_to_grayscale(images()))
 
 
 def test_blur_is_torchvision_s_with_a_sigma_per_image():
@@ -81,17 +81,17 @@ def test_a_batch_is_augmented_as_its_images_are_one_by_one(seed):
     mirrored = torch.stack([v.flip(-1) if flip else v for v, flip in zip(views, flips, strict=True)])
     want = torch.stack([by_torchvision(v, f) for v, f in zip(mirrored, factors, strict=True)])
     off = (got - want).abs().amax(1) > 1e-4
-    assert off.float().mean() < 2e-3  # rounding may take single pixels across solarisation's threshold
+    assert off.float().mean() < 2e-3  # rounding may take single pixels across solarization's threshold
 
 
 def test_factors_are_drawn_as_often_and_as_far_as_a1_says():
     draw = np.random.default_rng(0)
     first, second = (torch.tensor([r2o.draw_factors(draw, v) for _ in range(2000)]) for v in (0, 1))
-    for f, blur, solarise in ((first, 1.0, 0.0), (second, 0.1, 0.2)):
+    for f, blur, solarize in ((first, 1.0, 0.0), (second, 0.1, 0.2)):
         assert (f[:, 0] >= 0).float().mean() == pytest.approx(0.8, abs=0.03)
         assert f[:, 8].mean() == pytest.approx(0.2, abs=0.03)
         assert (f[:, 9] > 0).float().mean() == pytest.approx(blur, abs=0.03)
-        assert f[:, 10].mean() == pytest.approx(solarise, abs=0.03)
+        assert f[:, 10].mean() == pytest.approx(solarize, abs=0.03)
         for column, low, high in ((4, 0.6, 1.4), (5, 0.6, 1.4), (6, 0.8, 1.2), (7, -0.1, 0.1)):
             assert low <= f[:, column].min() < low + 0.02 and high - 0.02 < f[:, column].max() <= high
         jittered = f[f[:, 0] >= 0][:, :4]
@@ -178,7 +178,7 @@ def test_randomness_follows_from_seed_epoch_and_index_alone(data):
 @pytest.mark.parametrize(
     "name, convert",
     [
-        ("grey.jpg", lambda im, path: im.convert("L").save(path)),
+        ("gray.jpg", lambda im, path: im.convert("L").save(path)),
         ("cmyk.jpg", lambda im, path: im.convert("CMYK").save(path)),
         ("palette.png", lambda im, path: im.convert("P").save(path)),
         ("alpha.png", lambda im, path: im.convert("RGBA").save(path)),
@@ -213,15 +213,15 @@ def test_a_one_pixel_image_makes_a_sample(tmp_path):
     assert (sample["views"][0] == torch.tensor([1, 2, 3])).all()
 
 
-def test_the_two_views_get_their_own_colours(data):
-    """The first view is always blurred and never solarised, the second seldom blurred. A.1."""
+def test_the_two_views_get_their_own_colors(data):
+    """The first view is always blurred and never solarized, the second seldom blurred. A.1."""
     factors = torch.stack([data[epoch, i]["factors"] for epoch in range(4) for i in range(len(data))])  # (n, 2, 11)
     assert (factors[:, 0, 9] > 0).all() and (factors[:, 0, 10] == 0).all()
     assert (factors[:, 1, 9] > 0).float().mean() < 0.3 and (factors[:, 1, 10] > 0).any()
 
 
 def test_resizing_averages_what_it_shrinks():
-    """antialias: a fine checkerboard becomes grey, not one of its colours."""
+    """antialias: a fine checkerboard becomes gray, not one of its colors."""
     board = (torch.arange(256)[:, None] + torch.arange(256)) % 2 * 255
     small = r2o.resize(board.to(torch.uint8).expand(3, -1, -1), 32)
     assert (small.float() - 127.5).abs().max() < 4

@@ -55,12 +55,12 @@ def test_mask_files_of_every_kind_are_read_as_ids(tmp_path):
         (image if mode is None else image.convert(mode)).save(tmp_path / "m.png")
         return truth.read_ids(tmp_path / "m.png", **kwargs).tolist()
 
-    grey = np.array([[0, 2, 40, 255]], np.uint8)
-    assert read(grey) == [[0, 2, 40, -1]]
-    assert read(grey, kind="binary") == [[0, 0, 0, 1]]
+    gray = np.array([[0, 2, 40, 255]], np.uint8)
+    assert read(gray) == [[0, 2, 40, -1]]
+    assert read(gray, kind="binary") == [[0, 0, 0, 1]]
     assert read(np.array([[0, 51, 102, 204]], np.uint8)) == [[0, 0, 0, 1]]  # CUB's levels
     assert read(np.array([[0, 60, 200, 254]], np.uint8)) == [[0, 0, 1, 1]]  # soft edges
-    assert read(grey, "P") == [[0, 2, 40, -1]]
+    assert read(gray, "P") == [[0, 2, 40, -1]]
     for unclear in ([[0, 1, 2, 60]], [[20] + 9 * [255]]):
         with pytest.raises(UsageError, match=r"m\.png may hold ids .* pass --masks ids or --masks binary"):
             read(np.array(unclear, np.uint8))
@@ -69,13 +69,13 @@ def test_mask_files_of_every_kind_are_read_as_ids(tmp_path):
     assert read(np.array([[[0, 0, 0], [255, 200, 0]]], np.uint8), kind="binary") == [[0, 1]]
     assert read(np.array([[0, 60, 200, 255]], np.uint8), kind="ids") == [[0, 60, 200, -1]]
     assert read(np.array([[0, 300, 255]], np.uint16)) == [[0, 300, 255]]
-    assert read(grey > 0, "1") == [[0, 1, 1, 1]]
-    assert read(grey, "RGB") == [[0, 2, 40, -1]]
+    assert read(gray > 0, "1") == [[0, 1, 1, 1]]
+    assert read(gray, "RGB") == [[0, 2, 40, -1]]
     imagenet_s = np.array([[[0, 0, 0], [5, 0, 0], [1, 2, 0], [1000 % 256, 1000 // 256, 0]]], np.uint8)
     assert read(imagenet_s) == [[0, 5, 513, -1]]
-    with pytest.raises(UsageError, match=r"m\.png is coloured"):
+    with pytest.raises(UsageError, match=r"m\.png is colored"):
         read(np.array([[[10, 0, 30]]], np.uint8))
-    with pytest.raises(UsageError, match=r"m\.png is coloured"):
+    with pytest.raises(UsageError, match=r"m\.png is colored"):
         read(np.array([[[255, 255, 0], [255, 0, 0]]], np.uint8))
 
 
@@ -294,4 +294,4 @@ def test_data_and_arguments_that_do_not_fit_are_refused(pairs, tmp_path, refused
     (masks / "04.bmp").unlink()
     shutil.copytree(pairs / "masks", masks, dirs_exist_ok=True)
     picture(0).save(masks / "05.png")
-    assert "05.png is coloured" in refused(*FLAGS, "--data", pairs / "images", masks, "-k", 2)
+    assert "05.png is colored" in refused(*FLAGS, "--data", pairs / "images", masks, "-k", 2)

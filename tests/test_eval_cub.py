@@ -35,9 +35,9 @@ def test_void_counts_for_nothing():
 
 
 def test_segments_follow_the_features():
-    """An encoder that passes colours through: K = 2 on a two-coloured image gives its two halves."""
+    """An encoder that passes colors through: K = 2 on a two-colored image gives its two halves."""
 
-    class Colours(torch.nn.Module):
+    class Colors(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.conv1 = self.bn1 = self.relu = self.maxpool = self.layer1 = self.layer2 = torch.nn.Identity()
@@ -46,9 +46,9 @@ def test_segments_follow_the_features():
     images = torch.zeros(3, 3, 32, 32)
     images[:, 0, :, :20], images[:, 2, :, 20:] = 1, 1
     for layer, side in (("c4", 8), ("c5", 4)):
-        scores = measures.segment_images(Colours(), images, 2, layer, torch.Generator().manual_seed(0))
+        scores = measures.segment_images(Colors(), images, 2, layer, torch.Generator().manual_seed(0))
         assert scores.shape == (3, 2, side, side)
-    segments = measures.segment_images(Colours(), images, 2, "c4", torch.Generator().manual_seed(0)).argmax(1)
+    segments = measures.segment_images(Colors(), images, 2, "c4", torch.Generator().manual_seed(0)).argmax(1)
     assert (segments[:, :, :5] == segments[:, :1, :1]).all() and (segments[:, :, 5:] != segments[:, :1, :1]).all()
 
 

@@ -1,4 +1,4 @@
-"""knn.py, Table 4: neighbours, votes, processes, and bad input."""
+"""knn.py, Table 4: neighbors, votes, processes, and bad input."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ refused = refused_by(knn)
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 40), st.integers(1, 40), st.integers(1, 12), st.integers(1, 9), st.integers(1, 9))
-def test_neighbours_are_those_of_the_whole_matrix_whatever_the_chunks(queries, bank, k, rows, columns):
+def test_neighbors_are_those_of_the_whole_matrix_whatever_the_chunks(queries, bank, k, rows, columns):
     generator = torch.Generator().manual_seed(queries * 100 + bank)
     q, b = (torch.randn(n, 5, generator=generator) for n in (queries, bank))
     labels = torch.arange(bank)
@@ -52,7 +52,7 @@ def test_no_tensor_is_as_large_as_queries_times_bank():
 
 
 def test_votes_by_hand():
-    """At temperature 0.1 a neighbour 0.1 nearer weighs e times as much: one at 0.9 against two at 0.8."""
+    """At temperature 0.1 a neighbor 0.1 nearer weighs e times as much: one at 0.9 against two at 0.8."""
     similar, labels = torch.tensor([[0.9, 0.8, 0.8]]), torch.tensor([[2, 0, 0]])
     weights = measures.votes(similar, labels, 4, 0.1)
     torch.testing.assert_close(weights, torch.tensor([[2 / np.e, 0, 1, 0]], dtype=torch.float32))
@@ -69,9 +69,9 @@ def test_accuracy_by_hand():
 
 
 @pytest.fixture(scope="module")
-def colours(tmp_path_factory):
-    """Three classes that colour tells apart; 6 training and 3 test images of each."""
-    root, rng = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
+def colors(tmp_path_factory):
+    """Three classes that color tells apart; 6 training and 3 test images of each."""
+    root, rng = tmp_path_factory.mktemp("colors"), np.random.default_rng(0)
     for split, count in (("train", 6), ("val", 3)):
         for c, name in enumerate(("blue", "green", "red")):
             (root / split / name / "deeper").mkdir(parents=True)
@@ -86,16 +86,16 @@ FLAGS = "--ckpt random --arch tiny --size 32 -k 3 1 --batch-size 4 --workers 0".
 
 
 @pytest.mark.slow
-def test_colours_are_told_apart_by_one_process_and_by_two(colours, tmp_path, capsys):
+def test_colors_are_told_apart_by_one_process_and_by_two(colors, tmp_path, capsys):
     out = tmp_path / "one.json"
-    knn.main([*FLAGS, "--data", str(colours), "--json", str(out)])
+    knn.main([*FLAGS, "--data", str(colors), "--json", str(out)])
     one, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert one["k"] == {"3": {"top-1": 100, "top-5": 100}, "1": {"top-1": 100, "top-5": 100}}
     assert (one["train"], one["val"], one["classes"]) == (18, 9, 3)
     assert "| ours: top-1 100.0 %, top-5 100.0 % | paper: 85.5 % (Table 4" in printed
     out = tmp_path / "two.json"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "evals.knn"]
-    folders = [str(colours / "train"), str(colours / "val")]
+    folders = [str(colors / "train"), str(colors / "val")]
     subprocess.run(
         [*launch, *FLAGS, "--data", *folders, "--json", str(out)],
         cwd=ROOT,
@@ -131,9 +131,9 @@ def test_processes_of_unequal_shares_find_what_one_finds(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_features_are_c5_averaged_of_the_middle_of_the_image(colours):
+def test_features_are_c5_averaged_of_the_middle_of_the_image(colors):
     """The shorter side becomes 8/7 of the crop: of 40 x 48 pixels at 35, all but 2.5 on each side of the shorter."""
-    data = knn.open_folder(colours / "train", 35)
+    data = knn.open_folder(colors / "train", 35)
     image, label = data[7]
     whole = torch.nn.functional.interpolate(read_image(data.imgs[7][0])[None].float(), size=(40, 48), mode="bicubic")[0]
     assert image.shape == (3, 35, 35) and label == 1
@@ -150,11 +150,11 @@ def test_features_are_c5_averaged_of_the_middle_of_the_image(colours):
     assert labels.tolist() == [data[i][1] for i in range(1, 18, 3)]
 
 
-def test_bad_data_and_arguments_are_refused(colours, tmp_path, refused):
-    train, val = colours / "train", colours / "val"
+def test_bad_data_and_arguments_are_refused(colors, tmp_path, refused):
+    train, val = colors / "train", colors / "val"
     assert "2 of the 3 classes in" in refused(*FLAGS, "--data", only(tmp_path / "one", train, "blue"), val)
     assert "Couldn't find any class folder in" in refused(*FLAGS, "--data", train / "blue" / "deeper", val)
-    assert "-k 19 is more than the 18 training images" in refused(*FLAGS, "--data", colours, "-k", 19)
+    assert "-k 19 is more than the 18 training images" in refused(*FLAGS, "--data", colors, "-k", 19)
     assert "No such file or directory" in refused(*FLAGS, "--data", train)
     assert "twice" in refused(*FLAGS, "--data", train, train)
     for name in ("train", "other"):  # a class that is called train hides no other
@@ -163,11 +163,11 @@ def test_bad_data_and_arguments_are_refused(colours, tmp_path, refused):
     bad = r2o.build_encoder("tiny").state_dict()
     bad["conv1.weight"][0, 0, 0, 0] = float("nan")
     torch.save({"arch": "tiny", "state_dict": bad}, tmp_path / "nan.pth")
-    assert "are not finite" in refused(*FLAGS[2:], "--ckpt", tmp_path / "nan.pth", "--data", colours)
-    assert "-k must be at least 1" in refused(*FLAGS, "--data", colours, "-k", 0)
-    assert "--temperature must be above 0" in refused(*FLAGS, "--data", colours, "--temperature", 0)
+    assert "are not finite" in refused(*FLAGS[2:], "--ckpt", tmp_path / "nan.pth", "--data", colors)
+    assert "-k must be at least 1" in refused(*FLAGS, "--data", colors, "-k", 0)
+    assert "--temperature must be above 0" in refused(*FLAGS, "--data", colors, "--temperature", 0)
     assert "one folder (with train and val) or two" in refused(*FLAGS, "--data", train, val, val)
-    assert "cannot write" in refused(*FLAGS, "--data", colours, "--json", tmp_path / "nowhere/x.json")
+    assert "cannot write" in refused(*FLAGS, "--data", colors, "--json", tmp_path / "nowhere/x.json")
     broken = only(tmp_path / "broken", train, "blue")
     (broken / "blue/deeper/0.png").write_text("hello")
     line = refused(*FLAGS, "--data", broken, only(tmp_path / "v", val, "blue"), "-k", 1, "--workers", 1)

@@ -18,7 +18,7 @@ def rng(seed=0):
 
 
 def inertia(points, centers, assign):
-    """Sum of squared distances to the assigned centre, per group."""
+    """Sum of squared distances to the assigned center, per group."""
     own = centers.gather(1, assign.clamp(min=0)[..., None].expand(*assign.shape, centers.shape[2]))
     return ((points - own).square().sum(-1) * (assign >= 0)).sum(1)
 
@@ -41,7 +41,7 @@ def test_more_iterations_never_raise_the_inertia():
     assert (runs[-1] < runs[0]).all()
 
 
-def test_converged_means_every_centre_is_the_mean_of_its_points():
+def test_converged_means_every_center_is_the_mean_of_its_points():
     points = torch.rand(2, 200, 4, generator=rng())
     centers, assign = r2o.kmeans(points, 7, max_iters=200, generator=rng(1))
     for g in range(2):
@@ -51,7 +51,7 @@ def test_converged_means_every_centre_is_the_mean_of_its_points():
 
 @fuzz
 @given(st.integers(1, 3), st.integers(0, 40), st.integers(1, 6), st.integers(1, 50), st.integers(0, 999), st.booleans())
-def test_every_valid_point_goes_to_its_nearest_centre_and_nothing_is_nan(G, N, D, K, seed, duplicates):
+def test_every_valid_point_goes_to_its_nearest_center_and_nothing_is_nan(G, N, D, K, seed, duplicates):
     points = torch.randn(G, N, D, generator=rng(seed))
     points = points.round() if duplicates else points
     valid = torch.rand(G, N, generator=rng(seed)) < torch.rand(G, 1, generator=rng(seed + 1)) * 1.5
@@ -112,8 +112,8 @@ def test_a_group_does_not_see_the_others():
 
 
 @pytest.mark.parametrize("native", [False, True])
-def test_an_emptied_cluster_keeps_its_centre(native):
-    """Seeds 0, 1 and 10 of one dimension: after the first update 0 and 1's points all prefer one of the two centres."""
+def test_an_emptied_cluster_keeps_its_center(native):
+    """Seeds 0, 1 and 10 of one dimension: after the first update 0 and 1's points all prefer one of the two centers."""
     if native and r2o_ops.r2o_C is None:
         pytest.skip("r2o_C is not built")
     op = torch.ops.r2o.kmeans if native else r2o.kmeans_ref

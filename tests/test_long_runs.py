@@ -43,7 +43,7 @@ def children(process) -> list[int]:
 
 
 def assert_same_end(out, want, logs=True):
-    """The same weights, optimiser, film and log, to the last bit; only the speed differs."""
+    """The same weights, optimizer, film and log, to the last bit; only the speed differs."""
     for name in ("r2o.pth", "last.pth"):
         got, expected = ({k: v for k, v in load(path / name).items() if k != "args"} for path in (out, want))
         assert same(got, expected), name

@@ -84,7 +84,7 @@ def model(**options):
 
 
 def masks_step_by_step(encoder, images, regions, k):
-    """Sec. 3.1 spelled out for one group: normalised embeddings of present regions, K-means, nearest centres."""
+    """Sec. 3.1 spelled out for one group: normalized embeddings of present regions, K-means, nearest centers."""
     c4 = r2o.encode_c4(encoder, images)
     p, area = r2o.region_pool_ref(c4, regions, 20)
     points = torch.nn.functional.normalize(p, dim=2)[area > 0]

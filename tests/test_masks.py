@@ -105,9 +105,9 @@ def test_a_pixel_keeps_its_segment_through_crop_and_flip(flip):
     mask = torch.zeros(1, 56, 56, dtype=torch.long)
     mask[0, 10:30, 5:40], mask[0, 35:50, 20:50] = 1, 2
     box = torch.tensor([[0.1, 0.15, 0.8, 0.9]])
-    colours = torch.nn.functional.one_hot(mask.repeat_interleave(8, 1).repeat_interleave(8, 2), 3)[0].permute(2, 0, 1)
+    colors = torch.nn.functional.one_hot(mask.repeat_interleave(8, 1).repeat_interleave(8, 2), 3)[0].permute(2, 0, 1)
     left, top, right, bottom = (box[0] * 448).round().int().tolist()
-    view = colours[:, top:bottom, left:right].float()
+    view = colors[:, top:bottom, left:right].float()
     view = torch.nn.functional.adaptive_avg_pool2d(view.flip(-1) if flip else view, 7)
     weights = r2o.crop_masks(mask, box, torch.tensor([flip]), 3, 7)[0]
     assert (weights - view).abs().mean() < 0.02
@@ -120,7 +120,7 @@ def model(**options):
 
 
 def scenes(B):
-    """Images of two flat colours and 16 square regions; the two sides should become two masks."""
+    """Images of two flat colors and 16 square regions; the two sides should become two masks."""
     images = torch.zeros(B, 3, 64, 64)
     images[:, 0, :, :32], images[:, 2, :, 32:] = 1, 1
     regions = r2o.grid_regions(4, 16).expand(B, -1, -1)
@@ -170,7 +170,7 @@ def test_as_many_iterations_are_run_as_asked_for():
 @pytest.mark.parametrize("assign", ["pixel", "region"])
 @pytest.mark.parametrize("value", [math.inf, math.nan, 0.0])
 def test_a_cell_that_is_not_finite_or_is_zero_spoils_no_other(assign, value):
-    """One such feature cell would otherwise make every centre of its group NaN."""
+    """One such feature cell would otherwise make every center of its group NaN."""
     c4, regions = torch.rand(4, 8, 8, 8, generator=rng()), r2o.grid_regions(4, 16).expand(4, -1, -1)
     want = through(model(assign=assign), torch.cat([c4[:3], c4[2:3]]), regions, 4)
     c4[3, :, 0, 0] = value

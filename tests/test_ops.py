@@ -101,7 +101,7 @@ def test_kmeans_equals_its_reference(device, G, N, D, K, seed):
 
 @on_devices
 def test_kmeans_at_training_size_has_the_reference_s_inertia(device):
-    """float32, N = 3200, D = 256, K = 64: sums run in another order, so compare what K-means minimises."""
+    """float32, N = 3200, D = 256, K = 64: sums run in another order, so compare what K-means minimizes."""
     points = torch.nn.functional.normalize(torch.randn(2, 3200, 256, generator=rng(0)).to(device) + 1, dim=-1)
     valid = torch.rand(2, 3200, generator=rng(1)).to(device) < 0.8
     u = r2o.seeding_uniforms(2, 64, rng(2)).to(device)

@@ -302,7 +302,7 @@ def test_the_memory_that_is_foreseen_is_that_which_is_taken():
 
 
 def test_accumulated_parts_count_as_one_step(photos, tmp_path):
-    """EMA, schedules and K follow the optimiser's steps: as many, and the same, as without parts."""
+    """EMA, schedules and K follow the optimizer's steps: as many, and the same, as without parts."""
     logs = []
     for accum in ("1", "2"):
         out = tmp_path / accum

@@ -55,7 +55,7 @@ def test_dilated_weights_see_what_they_saw_before():
         torch.testing.assert_close(block(spread)[..., ::2, ::2], before)
 
 
-def test_mask_rcnn_normalises_and_trains_all_of_it():
+def test_mask_rcnn_normalizes_and_trains_all_of_it():
     net = detect.mask_rcnn(r2o.build_encoder("resnet50"), 80, 256)
     parts = {"backbone.body", "backbone.fpn", "roi_heads.mask_head"}
     for part in parts:
@@ -149,7 +149,7 @@ def shapes(tmp_path_factory):
 def test_cityscapes_ids_become_its_19_classes(tmp_path):
     ids = segment.cityscapes_ids()
     assert (ids[7], ids[8], ids[33], ids[24]) == (0, 1, 18, 11)  # road, sidewalk, bicycle, person
-    assert ids[0] == ids[255] == ids[9] == ids[29] == 255  # unlabelled, licence plate, parking, caravan
+    assert ids[0] == ids[255] == ids[9] == ids[29] == 255  # unlabeled, license plate, parking, caravan
     assert sorted(set(ids.values())) == [*range(19), 255] and len(segment.NAMES["cityscapes"]) == 19
     assert len(segment.NAMES["voc"]) == 21
     for split in ("train", "val"):
@@ -393,7 +393,7 @@ def coco(tmp_path_factory):
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 1000), st.integers(0, 5))
 def test_boxes_masks_and_pixels_of_an_object_stay_together(coco, epoch, i):
-    """Whatever the scale, mirroring and window: the box encloses the mask, the mask its coloured pixels."""
+    """Whatever the scale, mirroring and window: the box encloses the mask, the mask its colored pixels."""
     image, target = objects_of(coco)[epoch, i]
     assert image.shape == (3, 96, 96) and len(target["boxes"]) == len(target["labels"]) == len(target["masks"])
     for box, label, mask in zip(*(target[name] for name in ("boxes", "labels", "masks")), strict=True):

@@ -2,7 +2,7 @@
 //
 // K-means needs only the dot products of its points: for the mean mu of a cluster's members x_j, x·mu is the mean of
 // x·x_j. One matrix product computes all of them (gram, N x N). Distances and scores are then sums of its entries:
-//   centre    one block per group and 32 columns: x minus the mean of the valid points, 0 for invalid points
+//   center    one block per group and 32 columns: x minus the mean of the valid points, 0 for invalid points
 //   (bmm)     gram = x xᵀ
 //   seed      one block per group, all K rounds: draws T candidates, reads their T rows of gram, keeps the best
 //   then, per iteration
@@ -61,7 +61,7 @@ __device__ V block_sum(V v) {
 
 // Each block handles 32 columns, one per lane. Its 8 warps stride over the points.
 template <typename T>
-__global__ void centre(const T* points, Problem<T> p) {
+__global__ void center(const T* points, Problem<T> p) {
   __shared__ T sums[kThreads];
   __shared__ int counts[kThreads];
   const int64_t g = blockIdx.y, base = g * p.N;
@@ -265,7 +265,7 @@ std::tuple<Tensor, Tensor> kmeans_cuda(const Tensor& points, const Tensor& valid
     p.x = x.mutable_data_ptr<T>(), p.mean = mean.mutable_data_ptr<T>();
     p.centers = centers.mutable_data_ptr<T>(), p.half = half.mutable_data_ptr<T>();
     p.members = members.mutable_data_ptr<int>(), p.size = size.mutable_data_ptr<int>(), p.used = used.mutable_data_ptr<int>();
-    centre<T><<<dim3((D + kWarp - 1) / kWarp, G), kThreads, 0, stream>>>(in.const_data_ptr<T>(), p);
+    center<T><<<dim3((D + kWarp - 1) / kWarp, G), kThreads, 0, stream>>>(in.const_data_ptr<T>(), p);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     const Tensor gram = at::bmm(x, x.transpose(1, 2));  // (G, N, N)
     p.gram = gram.const_data_ptr<T>();
