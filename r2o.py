@@ -109,7 +109,7 @@ def predict_masks(
 
     with torch.autocast(c4.device.type, enabled=False):
         x = upcast(c4).permute(0, 2, 3, 1).reshape(len(mu), -1, c4.shape[1])  # (G, N, C)
-        length = x.norm(dim=-1, keepdim=True).clamp(min=1e-12)  # divides the product, which is smaller than x
+        length = x.norm(dim=-1, keepdim=True).clamp(min=1e-12)  # dividing the product is cheaper than dividing x
         scores = x @ mu.mT / length - mu.square().sum(-1)[:, None] / 2  # (G, N, K)
     spare = torch.arange(num_clusters, device=x.device) >= valid.sum(1, keepdim=True)  # more clusters than regions
     return scores.masked_fill(spare[:, None], -math.inf).argmax(2).view(len(c4), *c4.shape[2:])

@@ -132,8 +132,8 @@ def read_checkpoint(args, images: ImageList) -> Checkpoint:
 
 
 def open_data(args, images: ImageList, maps_file: str, planned: int | None = None) -> ImageRegions:
-    """The images with their region maps. If these do not exist, one process computes them and the others wait. planned:
-    how many images the flags must suit (default: those that can be read)."""
+    """The images with their region maps, which one process computes if they are missing while the others wait.
+    planned: how many images the flags must suit (default: those that can be read)."""
     workers = distributed.cores() if args.workers else 0
     maps, header = region_maps(images, maps_file, args.prior, args.segments, args.size // 4, workers)
     data = ImageRegions(images, maps, header, args.size, args.seed)

@@ -89,8 +89,8 @@ def open_truth(args) -> Truth:
 
 
 def measure(tested: list[Tested], ks: list[list[int]], truth: Truth, args, device) -> tuple[dict[tuple, float], int]:
-    """ks: numbers of clusters for each encoder. Reads every image once. Returns the mean best overlap,
-    by (masks, K, assign), and the number of objects."""
+    """ks: numbers of clusters per encoder. Every image is read once. Returns the average best overlap by (masks, K,
+    assign), and the number of objects."""
     order = np.random.default_rng(0).permutation(len(truth)).tolist()  # neighboring files often share a class
     groups = [order[i : i + args.group] for i in range(0, len(order), args.group)]
     loader = DataLoader(truth, batch_sampler=groups, num_workers=args.workers, collate_fn=list)

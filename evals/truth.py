@@ -89,7 +89,7 @@ def list_masks(data: list[Path], split: str) -> list[tuple[Path, Path]]:
 
 
 def list_cub(folder: Path, split: str) -> list[tuple[Path, Path]]:
-    """(image, mask) of CUB_200_2011: its test set, or a file of ids, with or without ReDO's 2 = test behind them."""
+    """(image, mask) of CUB_200_2011: its test set, or a file of ids, or of ReDO's (id, split) with split 2."""
     expected = "expected the folder CUB_200_2011, or two folders, of images and of masks"
     need((folder / "images.txt").exists(), f"no images.txt in {folder}: {expected}")
     separate = "a separate download, segmentations.tgz at data.caltech.edu/records/65de6-vp158; unpack it there"

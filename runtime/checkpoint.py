@@ -66,8 +66,8 @@ class Checkpoint:
         return None
 
     def restore(self, header: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict | None:
-        """On all ranks, load what rank 0 has read into model and optimizer, whose state save() writes; return it, if
-        any."""
+        """Load what rank 0 has read into model and optimizer, on all ranks, and return it, or None. From now on save()
+        writes the header and their state."""
         self.header, self.model, self.optimizer = header, model, optimizer
         found, self.found = [self.found], None
         if dist.is_initialized():

@@ -113,7 +113,7 @@ def ignore_stop_signals(worker: int):
 
 @atexit.register
 def _kill_workers():
-    """Python's exit sends SIGTERM to workers that an exception left, and joins them. Ours ignore it and would hang."""
+    """At exit Python sends SIGTERM to workers that an exception left, and joins them. Ours ignore it: kill them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()

@@ -19,7 +19,7 @@ DAMAGE = (ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBo
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Any image file as uint8 RGB (3, h, w), upright (EXIF), of an animation the first frame. Raises OSError."""
+    """Any image file as uint8 RGB (3, h, w), EXIF applied; an animation's first frame. Raises OSError if damaged."""
     try:
         file = read_file(os.fspath(path))
         if bytes(file[:4].tolist()) == b"GIF8":  # damaged, it crashes torchvision (pytorch/vision issue 9551)
@@ -84,7 +84,7 @@ def list_images(folder: str | Path, subset: str | Path | None = None, train: boo
     """All images below `folder`, folder by folder in alphabetical order. train: use folder/train if it exists.
 
     subset: a text file that selects some of them, one per line: a folder ("n01440764"), a file in it
-    ("n01440764/1.JPEG"), or a bare file name ("n01440764_1.JPEG"). Raises UsageError if any line, or all, match none.
+    ("n01440764/1.JPEG"), or a bare file name ("n01440764_1.JPEG"). Raises UsageError if there are none.
     """
     root = Path(folder)
     if not root.is_dir():

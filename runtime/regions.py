@@ -29,8 +29,7 @@ def region_maps(
     One of the processes that share the folder computes them while the others wait. If it is killed, it or another
     resumes from its last flush. The header beside the maps (.json) records what they were made from (prior, its
     parameters, scikit-image's version, a fingerprint of names and file sizes), num_regions (all ids are below it) and
-    the unreadable images. Raises UsageError if they were made from anything else, if over 1 % are unreadable, on a full
-    disk.
+    the unreadable images. Raises UsageError if they were made from anything else, or over 1 % are unreadable.
     """
     path, header_path = Path(path), Path(path).with_suffix(".json")
     need(path.suffix == ".npy" and not path.is_dir(), f"the region maps' file must end in .npy, got {path}")

@@ -60,7 +60,7 @@ def write_json(path: str | Path, result: dict | list):
 
 
 def try_lock(path: Path):
-    """Try to take an exclusive lock, also against other machines. Returns the open file or None. The OS releases it."""
+    """Try to take an exclusive lock, also against other machines. Returns the open file, or None if it is taken."""
     try:
         file = open(path, "w")  # noqa: SIM115
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
