@@ -25,7 +25,7 @@ from evals.common import calibrate, group_masks, mask_columns
 from evals.measures import best_overlap, match_foreground, objects_of, segment_images
 from runtime import cli
 from runtime.images import list_images, read_image
-from runtime.pictures import enlarge, film_strip, paint
+from runtime.pictures import film_strip, paint, resize_labels
 from runtime.regions import region_maps
 from runtime.weights import load_encoder
 
@@ -186,7 +186,7 @@ def demo() -> int:
     make_scenes(args.out / f"train-{args.scenes}", args.scenes, first=0)
     make_scenes(args.out / "held-out", 192, first=10**6)
     scenes = images, truth, regions = load_scenes(args.out / "held-out")
-    five = [enlarge(r2o.slic_regions(image, 5, SIDE // 4), (SIDE, SIDE)) for image in images]
+    five = [resize_labels(r2o.slic_regions(image, 5, SIDE // 4), (SIDE, SIDE)) for image in images]
     prior = [matched_iou(five, truth), *[mean_overlap(regions, truth)] * 2]
 
     runs = [run(args.out, seed, args.scenes, flags, scenes) for seed in args.seeds]

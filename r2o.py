@@ -89,12 +89,12 @@ def predict_masks(
     num_regions: int = 256,
     assign: str = "pixel",
     iters: int = 20,
-    ranks: int = 1,
+    ranks_per_group: int = 1,
 ) -> Tensor:
     """The mask m of every image, from K-means of its regions' C4 embeddings. Sec. 3.1, Eq. (3).
 
     c4: (B, C, H, W). regions: (B, h, w), ids below num_regions. uniforms: (G, K, T) of seeding_uniforms, for G groups
-    of images that share a K-means of at most `iters` iterations. ranks: how many ranks hold one group.
+    of images that share a K-means of at most `iters` iterations. ranks_per_group: how many hold one group.
     Returns (B, H, W), every pixel's nearest center, for assign = "pixel"; (B, h, w), every region's cluster, for
     "region". Ids are shared within a group.
     """
@@ -103,7 +103,7 @@ def predict_masks(
     # differs: the authors cluster absent regions too, as zero vectors. Non-finite ones are left out as well.
     valid = (area > 0) & length[..., 0].isfinite()
     p = p / length.clamp(min=1e-12)
-    mu, cluster, valid = cluster_regions(p, valid, uniforms, iters, ranks)  # (G, K, C), (B, R), (G, N)
+    mu, cluster, valid = cluster_regions(p, valid, uniforms, iters, ranks_per_group)  # (G, K, C), (B, R), (G, N)
     if assign == "region":
         return cluster.clamp(min=0).gather(1, regions.flatten(1).long()).view(regions.shape)
 
@@ -115,17 +115,17 @@ def predict_masks(
     return scores.masked_fill(spare[:, None], -math.inf).argmax(2).view(len(c4), *c4.shape[2:])
 
 
-def cluster_regions(p: Tensor, valid: Tensor, uniforms: Tensor, iters: int, ranks: int) -> tuple[Tensor, ...]:
+def cluster_regions(p: Tensor, valid: Tensor, uniforms: Tensor, iters: int, ranks_per_group: int):
     """K-means of the regions of each group of images. If a group spans several ranks, each solves the whole problem.
 
     p: (B, R, C). valid: (B, R). Returns mu (G, K, C), the cluster of this rank's regions (B, R), and valid (G, N).
     """
     B, R, C = p.shape
     own = slice(None)  # this rank's points within a group
-    if ranks > 1:
-        rank = dist.get_rank()
-        p, valid = (gather_from_ranks(x, rank // ranks * ranks, ranks) for x in (p, valid))
-        own = slice(rank % ranks * B * R, (rank % ranks + 1) * B * R)
+    if ranks_per_group > 1:
+        group, place = divmod(dist.get_rank(), ranks_per_group)
+        p, valid = (gather_from_ranks(x, group * ranks_per_group, ranks_per_group) for x in (p, valid))
+        own = slice(place * B * R, (place + 1) * B * R)
     p, valid = p.reshape(len(uniforms), -1, C), valid.reshape(len(uniforms), -1)  # (G, N, C), (G, N)
     mu, cluster = kmeans_seeded(p, valid, uniforms, iters)  # Eq. (3)
     return mu, cluster[:, own].reshape(B, R), valid
@@ -266,13 +266,11 @@ class R2O(nn.Module):
         torch._foreach_lerp_(list(self.target.parameters()), list(self.online.parameters()), 1 - tau)
 
     @torch.no_grad()
-    def predict_masks(
-        self, encoder: nn.Module, images: Tensor, regions: Tensor, num_clusters: int, uniforms: Tensor, ranks: int = 1
-    ) -> Tensor:
+    def predict_masks(self, encoder, images, regions, num_clusters, uniforms, ranks_per_group: int = 1) -> Tensor:
         """predict_masks() of the encoder's C4, with this model's settings. images: (B, 3, S, S) normalized."""
         c4 = self.encode_c4(encoder, images)  # (B, C, H, W)
         settings = self.num_regions, self.assign, self.kmeans_iters
-        return predict_masks(c4, regions, num_clusters, uniforms, *settings, ranks)
+        return predict_masks(c4, regions, num_clusters, uniforms, *settings, ranks_per_group)
 
     def forward(
         self,
@@ -293,14 +291,14 @@ class R2O(nn.Module):
         ValueError if the batch does not divide into K-means groups.
         """
         B, K = len(images), num_clusters
-        uniforms, ranks = self.seeds(B, K, generator)
+        uniforms, ranks_per_group = self.seeds(B, K, generator)
         uniforms = uniforms.to(images.device, non_blocking=True)
 
         # Mask prediction (Sec. 3.1). On a GPU this runs on a side stream, overlapping the online forward pass; with
         # SyncBatchNorm, where the host waits in each layer, only K-means overlaps.
         side = SideStream(images.device, self.overlap)
         with side:
-            m = self.predict_masks(self.target["encoder"], images, regions, K, uniforms, ranks)  # (B, h, w)
+            m = self.predict_masks(self.target["encoder"], images, regions, K, uniforms, ranks_per_group)
         c5 = self.encode(self.online["encoder"], views)  # (2B, C, H, W)
         with side:
             weights, pairs = masks_in_views(m, boxes, flips, K, c5.shape[-1])  # (2B, K, H, W), (P, 2)
@@ -325,11 +323,11 @@ class R2O(nn.Module):
         """K-means' random numbers for this rank's groups (G, K, T), and how many ranks share a group."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         group = min(self.kmeans_group, B * world)
-        groups, ranks = max(B // group, 1), max(group // B, 1)
-        if groups * group != B * ranks or world % ranks:
+        groups, ranks_per_group = max(B // group, 1), max(group // B, 1)
+        if groups * group != B * ranks_per_group or world % ranks_per_group:
             raise ValueError(f"{B} images per process do not divide into K-means groups of {group}: change one of them")
         uniforms = seeding_uniforms(B * world // group, K, generator)
-        return uniforms[rank // ranks * groups :][:groups], ranks
+        return uniforms[rank // ranks_per_group * groups :][:groups], ranks_per_group
 
 
 class SideStream:

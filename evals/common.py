@@ -14,7 +14,7 @@ from evals.truth import read_ids, readable
 from runtime.checkpoint import load_file
 from runtime.cli import Parser, need
 from runtime.images import read_image
-from runtime.pictures import enlarge, paint
+from runtime.pictures import paint, resize_labels
 from runtime.weights import load_encoder
 
 NO_FOREGROUND = "no mask has any foreground: expected one above half of 255, or ids above 0"
@@ -147,7 +147,7 @@ def mean_scores(scores: list[dict], n: int) -> dict[str, float]:
 def pictures(image, segments, best, truth, _) -> list[Tensor]:
     """One of segmented()'s results as pictures: image, segments, foreground, truth; everything else darkened."""
     size = image.shape[-2:]
-    small, *masks = (enlarge(m, size) for m in (segments, segments == best, truth))
+    small, *masks = (resize_labels(m, size) for m in (segments, segments == best, truth))
     return [image, paint(image[None], small[None])[0], *((image * (0.2 + 0.8 * m)).to(torch.uint8) for m in masks)]
 
 

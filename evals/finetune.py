@@ -24,7 +24,7 @@ from runtime import cli, distributed
 from runtime.checkpoint import Checkpoint, need_same
 from runtime.cli import Parser, UsageError, count, natural, need, number, rate
 from runtime.loader import Batches, load_batches
-from runtime.pictures import enlarge, film_strip, paint
+from runtime.pictures import film_strip, paint, resize_labels
 from runtime.storage import lock_output, make_folder, save_or_warn, write_json
 from runtime.weights import load_encoder
 
@@ -177,7 +177,7 @@ def save_strip(rows: list[tuple[Tensor, Tensor, Tensor]], path: Path):
         square = r2o.resize(image, 224)
         columns[0].append(square)
         for column, ids in zip(columns[1:], maps, strict=True):
-            small = enlarge(ids, (224, 224))
+            small = resize_labels(ids, (224, 224))
             column.append(torch.where(small < 0, square, paint(square[None], small[None])[0]))
     labels = "image", "prediction", "truth"
     sheet = film_strip([(label, torch.stack(column)) for label, column in zip(labels, columns, strict=True)])

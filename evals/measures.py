@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import r2o
-from runtime.pictures import enlarge
+from runtime.pictures import resize_labels
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def best_overlap(masks: Tensor, objects: Tensor, void: Tensor | None = None) -> 
     masks: (h', w') integer ids, enlarged to the objects' size by the nearest pixel. objects: (n, h, w) bool, which may
     overlap. void: (h, w) bool, pixels to ignore. Returns (n,) float64.
     """
-    masks = enlarge(masks, objects.shape[1:])
+    masks = resize_labels(masks, objects.shape[1:])
     counted = torch.ones_like(masks, dtype=torch.bool) if void is None else ~void
     count = int(masks.max()) + 1
     sizes = torch.bincount(masks[counted], minlength=count)

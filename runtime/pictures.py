@@ -28,7 +28,7 @@ def paint(images: Tensor, masks: Tensor) -> Tensor:
     return (255 * (0.75 * color + 0.25 * gray(images.float() / 255))).round().to(torch.uint8)
 
 
-def enlarge(ids: Tensor, size) -> Tensor:
+def resize_labels(ids: Tensor, size) -> Tensor:
     """A label map (h, w) -> `size`, by the nearest pixel."""
     return F.interpolate(ids[None, None].float(), size, mode="nearest")[0, 0].long()
 

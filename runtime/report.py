@@ -34,7 +34,7 @@ def alarms(record: dict) -> list[str]:
 class Report:
     """Rank 0's bar, health line, log.jsonl, strip.png and TensorBoard log; on other ranks it does nothing.
 
-    masks: the film so far, a list of [epoch, K, masks (n, h, w) int16], which is part of the checkpoint.
+    masks: of the preview so far, a list of [epoch, K, masks (n, h, w) int16], which is part of the checkpoint.
     """
 
     def __init__(self, out: Path, schedule: r2o.Schedule, tensorboard: bool):
@@ -48,8 +48,8 @@ class Report:
         if self.silent:
             return
         schedule, epochs_done = self.schedule, step // self.schedule.steps_per_epoch
-        samples = [data[0, i] for i in evenly(len(data), 32)]  # of the film: the same after every epoch
-        self.film = {key: torch.stack([s[key] for s in samples]) for key in ("image", "regions")}
+        samples = [data[0, i] for i in evenly(len(data), 32)]  # the same after every epoch
+        self.preview = {key: torch.stack([s[key] for s in samples]) for key in ("image", "regions")}
         print(f"{headline}\n{data}")
         print(f"{schedule.epochs} epochs of {schedule.steps_per_epoch} steps of {schedule.batch_size} images")
         if step == schedule.steps:
@@ -121,12 +121,12 @@ class Report:
 
     @torch.no_grad()
     def draw_strip(self, model: r2o.R2O, k: int, epoch: int, seed: int):
-        """Add the film's masks after this epoch to `masks`; paint image, prior, and up to six of the epochs so far."""
+        """Add the preview's masks after this epoch to `masks`; paint image, prior, and up to six epochs."""
         device = next(model.parameters()).device
-        images, regions = self.film["image"].movedim(-1, 1), self.film["regions"]  # (n, 3, S, S), (n, h, w)
+        images, regions = self.preview["image"].movedim(-1, 1), self.preview["regions"]  # (n, 3, S, S), (n, h, w)
         uniforms = r2o.seeding_uniforms(1, k, torch.Generator().manual_seed(seed)).to(device)
         encoder = model.online["encoder"].eval()
-        rows = torch.linspace(0, len(images) - 1, min(8, len(images))).long()  # of the film, evenly
+        rows = evenly(len(images), 8)
         m = model.predict_masks(encoder, r2o.normalize(images.to(device)), regions.to(device), k, uniforms).cpu()[rows]
         encoder.train()
         self.masks.append([epoch, k, m.to(torch.int16)])
