@@ -1,8 +1,8 @@
 """Unsupervised object segmentation (Table 3): K-means of each image's features, one segment called the foreground.
 
     python eval_cub.py --ckpt r2o.pth --data CUB_200_2011
-    python eval_cub.py --ckpt r2o.pth --data CUB_200_2011 --split redo.txt      # ReDO's 1,000 test images, as in Table
-    3 python eval_cub.py --ckpt r2o.pth --data images masks      # any foreground data set, files matched by name
+    python eval_cub.py --ckpt r2o.pth --data CUB_200_2011 --split redo.txt      # ReDO's 1,000 test images (Table 3)
+    python eval_cub.py --ckpt r2o.pth --data images masks      # any foreground data set, files matched by name
 
 The features of every image are clustered on their own (K = 5). The segment that best overlaps the true foreground is
 called foreground (Hungarian matching with one object), the rest background. As in the paper the truth is used for this

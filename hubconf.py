@@ -1,6 +1,6 @@
 """torch.hub.load("OWNER/r2o", "encoder", ckpt="r2o.pth"), or torch.hub.load("FOLDER", "encoder", source="local", …)."""
 
-dependencies = ["torch", "torchvision", "numpy", "PIL"]
+dependencies = ["torch", "torchvision", "numpy", "PIL", "tqdm"]
 
 
 def encoder(ckpt: str, arch: str | None = None):

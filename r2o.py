@@ -6,7 +6,7 @@ Each step, R2O (1) pools the target network's C4 features over small superpixels
 K-means and so predicts a mask for every image, and (2) trains the online network, BYOL-style, so that the features
 pooled inside each mask agree between two augmented views. K falls from 128 to 4: regions first, objects later.
 
-The letters are the paper's; shapes are trailing comments.
+Mostly the paper's letters; shapes are trailing comments.
 
     B C H W   batch, channels, feature-map height and width        G N D   K-means problems, points in each, dimensions
     R K P     regions per image, clusters now, (image, mask) pairs h w     height and width of a label map, in pixels
@@ -77,7 +77,7 @@ def grid_regions(cells: int = 14, size: int = 56) -> Tensor:
     return (row[:, None] * cells + row).to(torch.uint8)
 
 
-# ---- Mask prediction (Sec. 3.1): region_pool gives the p_i, kmeans minimizes Eq. (3); both are in r2o_ops.py ---------
+# ---- Mask prediction (Sec. 3.1): region_pool gives the p_i, kmeans clusters them, Eq. (3); both are in r2o_ops.py ----
 
 
 @torch.no_grad()
@@ -94,13 +94,13 @@ def predict_masks(
     """The mask m of every image, from K-means of its regions' C4 embeddings. Sec. 3.1, Eq. (3).
 
     c4: (B, C, H, W). regions: (B, h, w), ids below num_regions. uniforms: (G, K, T) of seeding_uniforms, for G groups
-    of images that share a K-means of at most `iters` iterations. ranks_per_group: how many hold one group.
-    Returns (B, H, W), every pixel's nearest center, for assign = "pixel"; (B, h, w), every region's cluster, for
-    "region". Ids are shared within a group.
+    of images that share a K-means of at most `iters` iterations. ranks_per_group: ranks that hold one.
+    Returns (B, H, W), 14 x 14 for ResNet-50, every pixel's nearest center, for assign = "pixel"; (B, h, w), every
+    region's cluster, for "region". Ids are shared within a group.
     """
     p, area = region_pool(c4, regions, num_regions)  # (B, R, C), (B, R)
     length = p.norm(dim=-1, keepdim=True)  # (B, R, 1)
-    # differs: the authors cluster absent regions too, as zero vectors. Non-finite ones are left out as well.
+    # differs: the authors cluster absent regions too, as zero vectors. Here they, and non-finite ones, are left out.
     valid = (area > 0) & length[..., 0].isfinite()
     p = p / length.clamp(min=1e-12)
     mu, cluster, valid = cluster_regions(p, valid, uniforms, iters, ranks_per_group)  # (G, K, C), (B, R), (G, N)
@@ -142,8 +142,8 @@ def gather_from_ranks(x: Tensor, first: int, count: int) -> Tensor:
 
 
 def masks_in_views(m: Tensor, boxes: Tensor, flips: Tensor, num_clusters: int, size: int) -> tuple[Tensor, Tensor]:
-    """m1 and m2 as weights (2B, K, size, size), the first views then the second, and the pairs (P, 2), (image,
-    cluster), of masks that both views see. m: (B, h, w). boxes: (B, 2, 4). flips: (B, 2)."""
+    """m1 and m2 as weights (2B, K, size, size), the first views then the second, and pairs (P, 2): (image, cluster) of
+    the masks that both views see. m: (B, h, w). boxes: (B, 2, 4). flips: (B, 2)."""
     m1, m2 = (crop_masks(m, boxes[:, v], flips[:, v], num_clusters, size) for v in (0, 1))  # (B, K, H, W)
     in_both = (m1.sum((2, 3)) > 1e-3) & (m2.sum((2, 3)) > 1e-3)
     return torch.cat([m1, m2]), in_both.nonzero()  # on a GPU the host waits here, to learn P
@@ -161,7 +161,7 @@ def pool_pairs(c5: Tensor, weights: Tensor, pairs: Tensor) -> Tensor:
 
 
 def mask_stats(m: Tensor, num_clusters: int, groups: int) -> dict[str, Tensor]:
-    """How this rank's masks (B, h, w) use their clusters, as scalars."""
+    """Cluster usage of this rank's masks (B, h, w), as scalars."""
     flat = m.flatten(1)
     cells = flat.new_zeros(len(m), num_clusters).scatter_add_(1, flat, torch.ones_like(flat))  # (B, K)
     sizes = cells.view(groups, -1, num_clusters).sum(1).float()  # (G, K): of clusters, in cells of m
@@ -172,7 +172,7 @@ def mask_stats(m: Tensor, num_clusters: int, groups: int) -> dict[str, Tensor]:
     }
 
 
-# ---- Networks (Sec. 4, A.1) ------------------------------------------------------------------------------------------
+# ---- Networks (Sec. 4) -----------------------------------------------------------------------------------------------
 
 ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "tiny")
 
@@ -205,7 +205,7 @@ def build_encoder(arch: str) -> nn.Module:
 
 
 def channels(layer: nn.Module) -> int:
-    """The number of channels that a stage of an encoder puts out."""
+    """The number of output channels of an encoder's stage."""
     return [m for m in layer.modules() if isinstance(m, nn.BatchNorm2d)][-1].num_features
 
 
@@ -294,8 +294,8 @@ class R2O(nn.Module):
         uniforms, ranks_per_group = self.seeds(B, K, generator)
         uniforms = uniforms.to(images.device, non_blocking=True)
 
-        # Mask prediction (Sec. 3.1). On a GPU this runs on a side stream, overlapping the online forward pass; with
-        # SyncBatchNorm, where the host waits in each layer, only K-means overlaps.
+        # Mask prediction (Sec. 3.1, Eq. (1)). On a GPU this runs on a side stream, overlapping the online forward pass;
+        # with SyncBatchNorm, where the host waits in each layer, only K-means overlaps.
         side = SideStream(images.device, self.overlap)
         with side:
             m = self.predict_masks(self.target["encoder"], images, regions, K, uniforms, ranks_per_group)
@@ -304,11 +304,11 @@ class R2O(nn.Module):
             weights, pairs = masks_in_views(m, boxes, flips, K, c5.shape[-1])  # (2B, K, H, W), (P, 2)
         side.join(m, weights, pairs)
 
-        # Representation learning (Sec. 3.2): one view predicts the other, inside each mask.
-        q = self.predictor(self.online["projector"](pool_pairs(c5, weights, pairs)))  # (2P, 256)
+        # Representation learning (Sec. 3.2, Eq. (2)): one view predicts the other, inside each mask.
+        q = self.predictor(self.online["projector"](pool_pairs(c5, weights, pairs)))  # (2P, dim)
         with torch.no_grad():
             c5 = self.encode(self.target["encoder"], views)
-            z = self.target["projector"](pool_pairs(c5, weights, pairs))  # (2P, 256)
+            z = self.target["projector"](pool_pairs(c5, weights, pairs))  # (2P, dim)
         losses = byol_loss(q, z.roll(len(pairs), 0))  # Eq. (5): both directions
         loss, total = mean_over_pairs(losses, len(pairs))
         stats = {
@@ -366,8 +366,8 @@ def byol_loss(q: Tensor, z: Tensor) -> Tensor:
 
 
 def mean_over_pairs(losses: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
-    """This rank's losses -> a loss whose average over ranks is the mean over the pairs of all of them, and how many
-    those are. Without pairs the loss is 0, with zero gradients."""
+    """This rank's losses -> a loss whose mean over ranks is the mean over the pairs of all ranks, and their number.
+    Without pairs the loss is 0, with zero gradients."""
     total, world = torch.full((), float(pairs), device=losses.device), 1
     if dist.is_initialized():
         world = dist.get_world_size()
@@ -415,7 +415,7 @@ class LARS(torch.optim.Optimizer):
         return loss
 
 
-# ---- The schedule: K (Sec. 3.3, Eq. (A1), Table 9), learning rate and tau (A.1) --------------------------------------
+# ---- The schedule: K (Sec. 3.3, Eq. (A1), A.6, Table 9), learning rate and tau (A.1) ---------------------------------
 
 
 def num_clusters(
@@ -454,7 +454,7 @@ def target_momentum(step: int, steps: int, base: float = 0.99) -> float:
 class Schedule:
     """K, learning rate and tau of every optimizer step, counted from 0. Defaults: A.1. The learning rate peaks at
     lr * batch_size / 256 * K / lr_k after 1 % of the steps; lr_k = 0 leaves the factor for K out. `shape` is
-    num_clusters' schedule. differs: the paper's text says times K, not K / 16, which gives a peak of 614."""
+    num_clusters' schedule. differs: the paper's text says times K, a peak of 614, not K / 16."""
 
     steps_per_epoch: int
     epochs: int = 300
@@ -496,12 +496,12 @@ def draw_crop(rng: np.random.Generator, h: int, w: int) -> tuple[int, int, int, 
         ch, cw = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < ch <= h and 0 < cw <= w:
             return int(y * (h - ch + 1)), int(x * (w - cw + 1)), ch, cw
-    ch, cw = min(h, round(w / (3 / 4))), min(w, round(h * (4 / 3)))  # the image is too narrow: its center
+    ch, cw = min(h, round(w / (3 / 4))), min(w, round(h * (4 / 3)))  # too narrow or too wide: the largest center crop
     return (h - ch) // 2, (w - cw) // 2, ch, cw
 
 
 def draw_factors(rng: np.random.Generator, view: int) -> list[float]:
-    """Parameters of one view's color changes, 11: the order of the four jitters (-1: none), brightness, contrast,
+    """The 11 parameters of one view's color changes: the order of the four jitters (-1: none), brightness, contrast,
     saturation and hue factor, whether gray, sigma of the blur in 224ths of the view (0: none), whether solarized."""
     u = rng.random(13).tolist()
     order = sorted(range(4), key=u.__getitem__) if u[4] < 0.8 else [-1] * 4

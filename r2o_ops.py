@@ -60,7 +60,7 @@ def _expect(name: str, x: Tensor, kind: str, *shape: int | None, device: torch.d
 
 
 def _check_ids(name: str, ids: Tensor, count: int):
-    """Check that ids lie in [0, count). On a GPU reading them would stall; there the ops ignore ids out of range."""
+    """Check that ids lie in [0, count); not on a GPU, where reading them would stall and kernels ignore such ids."""
     if ids.device.type == "cpu" and ids.numel():
         low, high = (int(v) for v in torch.aminmax(ids))
         _check(0 <= low and high < count, f"{name} must lie in [0, {count}), got {low} to {high}")
@@ -169,7 +169,7 @@ def kmeans(
     never count). Stops when no point changes cluster, at the latest after max_iters. generator: torch.Generator.
     Returns centers (G, K, D), float32 or float64, and assignment (G, N), the id of the nearest center, -1 if not valid.
     An emptied cluster keeps its center. A group of fewer than K valid points gets that many clusters; its spare centers
-    repeat center 0 and own nothing. Nothing is NaN while squared distances are finite. Raises ValueError.
+    repeat center 0 and own nothing. Nothing is NaN while squared distances are finite. Raises ValueError for misfits.
     """
     _expect("points", points, "float", None, None, None)
     _check(points.shape[2] >= 1, "points must have at least one dimension")

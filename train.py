@@ -7,8 +7,8 @@
 OUT receives last.pth (from which training resumes automatically), previous.pth, log.jsonl, strip.png and, at the end,
 r2o.pth: the online encoder under torchvision's parameter names.
 
-Exit status: 0 finished; 2 bad arguments, data or disk, in one line; 75 stopped by SIGTERM or SIGUSR1 after saving:
-rerun the same command to resume. Under torchrun the status is torchrun's own, 1 for both.
+Exit status: 0 finished; 2 bad arguments, data, disk or loss, in one line; 75 stopped by SIGTERM or SIGUSR1 after
+saving: rerun the same command to resume. Under torchrun the status is torchrun's own, 1 for 2 and 75.
 """
 
 import contextlib
@@ -37,14 +37,14 @@ from runtime.storage import lock_output, make_folder, save_or_warn
 def parse_args(argv=None):
     p = cli.Parser(__doc__)
     add = p.add_argument_group("data and output").add_argument
-    add("--data", required=True, help="folder of images, flat or nested; its subfolder train, if it exists")
-    add("--subset", metavar="FILE", help="train on some of them: a folder, file, or file name per line")
+    add("--data", required=True, help="folder of images, flat or nested; its subfolder train is used if it exists")
+    add("--subset", metavar="FILE", help="use only these: a folder, path or file name per line")
     add("--out", default="out", help="folder for checkpoints, log and pictures; training resumes from what it holds")
     add("--regions", help="file of the region maps (default: OUT/regions.npy); name one to share it between runs")
     add("--workers", type=natural, default=distributed.cores_per_process(), help="per process; raise if a GPU waits")
     keep = "also keep the encoder of every N-th epoch, as epoch_0100.pth (0: none)"
     add("--keep-every", type=natural, default=0, metavar="N", help=keep)
-    save = "save last.pth every N steps too, not only after epochs (0); lower if an epoch takes hours"
+    save = "also save last.pth every N steps (0: only after epochs); lower if an epoch takes hours"
     add("--save-every", type=natural, default=500, metavar="N", help=save)
     add("--tensorboard", action="store_true", help="also log to OUT/tensorboard")
     add = p.add_argument_group("instead of training").add_argument
@@ -57,21 +57,21 @@ def parse_args(argv=None):
     add("--accum", type=count, default=1, metavar="N", help="micro-batches per step; raise to fit the memory")
     add("--size", type=number(int, 32), default=224, help="side of the views in pixels; lower only for small images")
     add("--lr", type=rate, default=0.3, help="peak for a batch of 256 and K = --lr-k; raise for very short runs")
-    add("--lr-k", type=rate, default=16, help="the learning rate is multiplied by K / this; 0: by nothing")
+    add("--lr-k", type=rate, default=16, help="the learning rate is multiplied by K / this; 0: by 1")
     add("--weight-decay", type=rate, default=1e-6, help="of weight matrices; biases and batch norm have none")
-    add("--tau", type=number(float, 0, 1), default=0.99, help="target's momentum at first; lower for very short runs")
+    add("--tau", type=number(float, 0, 1), default=0.99, help="initial target momentum; lower for very short runs")
     add("--hidden", type=count, default=4096, help="width of projector and predictor; lower for tiny")
     add("--dim", type=count, default=256, help="width of projections; lower for tiny")
     add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of weights, order, crops, colors and clusters")
     add("--compile", action="store_true", help="compile the encoders with torch.compile; --dry-run shows if it helps")
-    add("--changed", action="store_true", help="resume with another --lr, --lr-k, --weight-decay or --tau than before")
+    add("--changed", action="store_true", help="allow another --lr, --lr-k, --weight-decay or --tau than before")
     add = p.add_argument_group("masks (Sec. 3.1, 3.3)").add_argument
     add("--prior", default="slic", choices=("slic", "grid"), help="region-level prior; grid needs no image (A.7)")
-    add("--segments", type=count, default=100, help="superpixels asked of SLIC; lower for small images")
-    add("--k-start", type=count, default=128, help="clusters at first; lower for small K-means groups")
+    add("--segments", type=count, default=100, help="superpixels that SLIC aims for; lower for small images")
+    add("--k-start", type=count, default=128, help="initial clusters; lower for small K-means groups")
     add("--k-end", type=count, default=4, help="clusters at the end; above --k-start for a rising schedule")
-    add("--hold-epochs", type=natural, help="epochs at --k-start (default: 40 in 300; COCO: 8)")
-    add("--schedule", default="cosine", choices=("cosine", "linear", "constant"), help="how K changes (Table 9)")
+    add("--hold-epochs", type=natural, help="epochs at --k-start (default: 40 of 300; COCO: 8)")
+    add("--schedule", default="cosine", choices=("cosine", "linear", "constant"), help="how K changes (A.6, Table 9)")
     add("--kmeans-group", type=count, default=32, help="images clustered together; lower for masks of single images")
     add("--assign", default="pixel", choices=("pixel", "region"), help="what clusters own; region: sharper outlines")
     args = p.parse_args(argv)
@@ -97,7 +97,7 @@ def open_images(args) -> ImageList:
     check_batches(args, len(images))
     part = args.batch_size // args.accum
     if part < min(args.kmeans_group, args.batch_size) and distributed.place()[0] == 0:
-        cli.warn(f"K-means of {part} images, a micro-batch: --accum leaves no more")
+        cli.warn(f"--accum limits K-means to the {part} images of a micro-batch")
     return images
 
 
@@ -186,7 +186,7 @@ def autocast(device: torch.device):
 
 
 def forward_backward(ddp: nn.Module, batches, accum: int, k: int, seed: int) -> dict[str, Tensor]:
-    """Leave the gradients of the mean loss over the next batch's pairs in the parameters. Returns R2O's statistics,
+    """Set .grad to the gradients of the mean loss over the next batch's pairs. Returns R2O's statistics,
     averaged over the micro-batches, and the mean loss."""
     generator = torch.Generator().manual_seed(seed)  # the same on all ranks
     reports, total = [], 0
@@ -230,10 +230,9 @@ def train(args, signals: distributed.StopSignals) -> int:
     lock = lock_output(out) if rank == 0 else None  # noqa: F841 (held until this function returns)
     checkpoint = read_checkpoint(args, images)
     data = open_data(args, images, args.regions)
-    signals.deferred = True  # from here on all ranks stop together, after a step
-
     schedule = make_schedule(args, len(data))
     model, ddp, optimizer = build(args, data.num_regions)
+    signals.deferred = True  # from here on all ranks stop together, after a step
     progress, report = Progress(), Report(out, schedule, args.tensorboard)
     guard = NonFiniteGuard(model, progress)
     resume(checkpoint, args, data, model, optimizer, progress, report)
@@ -255,7 +254,8 @@ def train(args, signals: distributed.StopSignals) -> int:
         report.step(progress.step, stats, k, lr, tau)
 
         epoch, rest = divmod(progress.step, schedule.steps_per_epoch)
-        if rest and not stop and (not args.save_every or progress.step % args.save_every):
+        save_due = args.save_every and progress.step % args.save_every == 0
+        if not (rest == 0 or stop or save_due):
             continue
         guard.check_weights()  # weights that are not finite are never saved
         progress.gather()
@@ -264,11 +264,12 @@ def train(args, signals: distributed.StopSignals) -> int:
             report.epoch(record, model, args.seed)  # health line, log.jsonl, strip.png
             if rank == 0 and args.keep_every and epoch % args.keep_every == 0:
                 export(out / f"epoch_{epoch:04}.pth", model, args, epoch)
-        if stop or not progress.skipped_in_a_row:  # within a streak, keep the last good checkpoint
+        last = progress.step == schedule.steps
+        if stop or last or not progress.skipped_in_a_row:  # within a streak, keep the checkpoint before it
             checkpoint.save(required=stop, epoch=epoch, masks=report.masks, **progress.state_dict())
         if rest == 0:
             check_readable(record, schedule)
-        if stop and progress.step < schedule.steps:
+        if stop and not last:
             if rank == 0:
                 print(f"stop requested: saved after step {progress.step}; rerun the same command to resume", flush=True)
             return distributed.STOPPED

@@ -1,8 +1,8 @@
 """Average best overlap (Fig. 4): how well the masks that R2O trains on fit annotated objects.
 
     python -m evals.abo --ckpt out/r2o.pth --data CUB_200_2011
-    python -m evals.abo --ckpt out --data images masks --plot abo.png      # a curve over all epoch_*.pth and r2o.pth in
-    out python -m evals.abo --ckpt random --data val2017 annotations/instances_val2017.json
+    python -m evals.abo --ckpt out --data images masks --plot abo.png      # a curve over out's checkpoints
+    python -m evals.abo --ckpt random --data val2017 annotations/instances_val2017.json
 
 For every object, the IoU of the mask of its image that fits it best; the mean over all objects. Measured are the SLIC
 prior, the grid, and masks predicted as in training: `--group` random images share K clusters of their regions' C4
@@ -34,7 +34,7 @@ def parse_args(argv):
     ks = "clusters (default: 128 64 16 4, for a folder 4; and K(t), if the checkpoint says what it was)"
     p.add_argument("-k", type=count, nargs="+", help=ks)
     p.add_argument("--group", type=count, default=32, help="images clustered together")
-    p.add_argument("--segments", type=count, default=100, help="superpixels asked of SLIC")
+    p.add_argument("--segments", type=count, default=100, help="superpixels that SLIC aims for")
     p.add_argument("--size", type=number(int, 32), default=224, help="images are resized to this side")
     p.add_argument("--min-area", type=count, default=1, help="smallest object that counts, in pixels")
     p.add_argument("--workers", type=natural, default=distributed.cores_per_process(), help="that read images")
@@ -170,7 +170,7 @@ def evaluate(args) -> int:
     ours = f"{scores[last.path, k, 'pixel']:.3f} (pixel masks), {scores[last.path, k, 'region']:.3f} (region masks), "
     ours += f"{scores['SLIC prior', None, None]:.3f} (SLIC prior), {scores['grid', None, None]:.3f} (grid)"
     task = f"best overlap, {args.data[0].name}, K = {k}, {total} objects"
-    print(table_row(task, last.line, ours, "0.49 after ImageNet, 0.46 after COCO (Sec. 4.3, A.8; on ImageNet-S)"))
+    print(table_row(task, last.line, ours, "0.49 after ImageNet, 0.46 after COCO (Sec. 4.3)"))
     epochs = {one.path: one.epoch for one in tested}
     rows = [
         {"masks": name, "K": k, "assign": assign, "epoch": epochs.get(name), "average best overlap": score}

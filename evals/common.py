@@ -17,13 +17,13 @@ from runtime.images import read_image
 from runtime.pictures import paint, resize_labels
 from runtime.weights import load_encoder
 
-NO_FOREGROUND = "no mask has any foreground: expected one above half of 255, or ids above 0"
+NO_FOREGROUND = "no mask has any foreground: expected values above 127, or ids above 0"
 
 
 def add_encoder_flags(p: Parser):
     ckpt = "r2o.pth, last.pth, ResNet weights of torchvision, timm, MMSegmentation or Detectron2, or the word random"
     p.add_argument("--ckpt", required=True, help=ckpt)
-    p.add_argument("--arch", choices=r2o.ARCHS, help="encoder for --ckpt random (default: resnet50); files tell theirs")
+    p.add_argument("--arch", choices=r2o.ARCHS, help="encoder for --ckpt random (default: resnet50); files name theirs")
 
 
 def calibrated_encoder(ckpt: str, arch: str | None, batches, device: torch.device) -> tuple[nn.Module, str]:
@@ -90,8 +90,8 @@ def open_checkpoints(ckpt: str, arch: str | None, images: list, size: int, devic
 
 
 def mask_columns(wanted: list, images: Tensor, regions: Tensor, shown: list[int], device: torch.device) -> list:
-    """film_strip's columns of the `shown` images: image, prior, and masks as (label, encoder, K) in `wanted` say. All
-    images, (n, 3, S, S) uint8, share their clusters. regions: (n, h, w)."""
+    """film_strip's columns of the `shown` images: image, prior, and the masks of each (label, encoder, K) in `wanted`.
+    All images, (n, 3, S, S) uint8, share their clusters. regions: (n, h, w)."""
     made = [("image", images[shown]), ("prior", paint(images[shown], regions[shown]))]
     normalized, regions = r2o.normalize(images.to(device)), regions.to(device)
     for label, encoder, k in wanted:
@@ -138,7 +138,7 @@ def segmented(encoder, pairs, k: int, layer: str, size: int, device, kind: str =
 
 
 def mean_scores(scores: list[dict], n: int) -> dict[str, float]:
-    """scores: of the images that have a foreground, of n in all."""
+    """Means over the images that have a foreground, of n in all."""
     need(scores, NO_FOREGROUND)
     means = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
     return means | {"n": len(scores), "without foreground": n - len(scores)}

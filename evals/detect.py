@@ -5,7 +5,7 @@
 
 --data holds train2017, val2017 and annotations/instances_{train,val}2017.json. Images are mirrored, scaled so that
 their longer side has 0.8 to 1.25 times 1024 pixels, and cropped or padded to 1024 x 1024; for evaluation, scaled to
-1024 and padded. Box and mask AP are pycocotools'. Rerun the same command to resume.
+1024 and padded. Box and mask AP are computed by pycocotools. Rerun the same command to resume.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ def parse_args(argv):
     p.add_argument("--schedule", default="1x", choices=EPOCHS, help="12 or 24 epochs, unless --epochs is given")
     p.add_argument("--warmup", type=natural, default=500, help="steps in which the learning rate rises")
     p.add_argument("--size", type=number(int, 32), default=1024, help="longer side of the images")
-    p.add_argument("--split", default="train2017", help="to train on")
-    p.add_argument("--val-split", default="val2017", help="to evaluate on")
+    p.add_argument("--split", default="train2017", help="split to train on")
+    p.add_argument("--val-split", default="val2017", help="split to evaluate on")
     args = p.parse_args(argv)
     need(args.size % 32 == 0, f"--size must be a multiple of 32, got {args.size}")
     args.epochs = EPOCHS[args.schedule] if args.epochs is None else args.epochs
@@ -120,7 +120,7 @@ class Objects(Dataset):
             "masks": tv_tensors.Mask(self.masks(i)),
         }
         sample = {n: x.as_subclass(Tensor) for n, x in finetune.jitter(rng, sample, shape, self.size).items()}
-        image, present = sample.pop("image"), sample["masks"].flatten(1).any(1)  # some boxes keep only an empty corner
+        image, present = sample.pop("image"), sample["masks"].flatten(1).bool().any(1)  # in some boxes no pixel
         return image, {name: x[present] for name, x in sample.items()}
 
 
@@ -219,7 +219,7 @@ def detect(args) -> int:
     need(same, f"{args.split} and {args.val_split} of {args.data} list different categories: correct one of them")
     task = f"COCO {args.val_split}, {len(val)} images, Mask R-CNN" + (f", {args.epochs} epochs" if args.epochs else "")
     settings = {"size": args.size, "split": args.split, "warmup": args.warmup}
-    more = {"images": len(val), "epochs": args.epochs, "val split": args.val_split, "size": args.size} | settings
+    more = {"images": len(val), "epochs": args.epochs, "val split": args.val_split} | settings
     measured = functools.partial(train_and_measure, data=data, val=val)
     return finetune.sweep(args, settings, measured, task, PAPER[args.schedule], more)
 

@@ -57,8 +57,8 @@ def add_flags(p: Parser, out: str, epochs: int | None, batch_size: int, lr, weig
     add("--batch-size", type=count, default=batch_size, help="images per step, over all processes")
     positive = number(float, 0, above=True)
     add("--lr", type=positive, default=lr, nargs="+", help="learning rates, one run each")
-    add("--seeds", type=natural, default=seeds, nargs="+", help="one run each")
-    add("--weight-decay", type=rate, default=weight_decay, help="of all parameters")
+    add("--seeds", type=natural, default=seeds, nargs="+", help="seeds, one run each")
+    add("--weight-decay", type=rate, default=weight_decay, help="for all weights")
     add("--workers", type=natural, default=distributed.cores_per_process(), help="per process")
     add("--save-every", type=count, default=500, metavar="N", help="save last.pth every N steps, and at the end")
 
@@ -70,7 +70,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, drops: tuple[
 
 
 def resume(run: Run, checkpoint: Checkpoint, images: int, fingerprint: str, model: nn.Module, optimizer) -> int:
-    """Load what the run's folder holds, if anything, on all ranks. Returns how many steps that has. Raises UsageError
+    """Load what the run's folder holds, if anything, on all ranks. Returns the steps it has done. Raises UsageError
     if it was trained on other images, from other weights, or with other settings."""
     args = run.args
     flags = {name: getattr(args, name) for name in ("epochs", "batch_size", "weight_decay")}
@@ -154,7 +154,7 @@ def jitter(rng: np.random.Generator, sample: dict, shape: tuple[int, int], size:
     steps = [v2.Resize(shape, antialias=True), v2.RandomHorizontalFlip(), crop]
     if "boxes" in sample:
         steps.append(v2.SanitizeBoundingBoxes())
-    for name in [n for n, x in sample.items() if isinstance(x, tv_tensors.Mask)]:  # v2.Resize would shift them: NEAREST
+    for name in [n for n, x in sample.items() if isinstance(x, tv_tensors.Mask)]:  # v2.Resize shifts them
         resized = TF.resize(sample[name].as_subclass(Tensor), shape, v2.InterpolationMode.NEAREST_EXACT)
         sample[name] = tv_tensors.Mask(resized)
     with torch.random.fork_rng(devices=[]):  # all randomness follows from rng

@@ -26,7 +26,7 @@ def match_foreground(
     segments: Tensor, k: int, truth: Tensor, void: Tensor | None = None
 ) -> tuple[int, dict[str, float]]:
     """The segment that overlaps the true foreground best, and the metrics of calling it foreground and all else
-    background. segments: (h, w) ids < k. truth: (h, w) bool. void: (h, w) bool, ignored. Hungarian for one object."""
+    background. segments: (h, w) ids < k. truth: (h, w) bool. void: (h, w) bool, ignored. Hungarian matching of one."""
     if void is not None:
         segments, truth = segments[~void], truth[~void]
 

@@ -48,8 +48,8 @@ def parse_args(argv):
     scales = "training images are scaled by a random factor between these"
     scale = number(float, 0, above=True)
     p.add_argument("--scales", type=scale, nargs=2, default=[0.5, 2.0], metavar=("MIN", "MAX"), help=scales)
-    p.add_argument("--split", default="train", help="to train on")
-    p.add_argument("--val-split", default="val", help="to evaluate on")
+    p.add_argument("--split", default="train", help="split to train on")
+    p.add_argument("--val-split", default="val", help="split to evaluate on")
     args = p.parse_args(argv)
     low, high = args.scales
     need(low <= high, f"--scales must be a smaller and a larger factor, got {low} {high}")

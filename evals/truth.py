@@ -29,7 +29,7 @@ def add_truth_flags(p: Parser, also: str = ""):
     data = f"CUB_200_2011 (with images.txt, images, segmentations), a folder of images and one of masks{also}"
     p.add_argument("--data", required=True, nargs="+", type=Path, help=data)
     p.add_argument("--split", default="test", help="CUB's own test set, or a file of ids, such as ReDO's")
-    masks = "what mask files hold: an object above half of white, or an id for each; auto tells by their values"
+    masks = "what mask files hold: an object above 127, or an id for each; auto: told by their values"
     p.add_argument("--masks", default="auto", choices=("auto", "binary", "ids"), help=masks)
 
 

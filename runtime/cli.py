@@ -29,19 +29,19 @@ def need_package(name: str, purpose: str):
 
 
 def printable(text: str) -> str:
-    """Without the surrogates that stand for the bytes of file names that are not UTF-8."""
+    """Replace the surrogates that stand for the bytes of file names that are not UTF-8."""
     return text.encode(errors="replace").decode()
 
 
 def run(program: str, work):
-    """Exit with the status that work() returns; with 2, after one line on stderr, for bad arguments, data or memory."""
+    """Exit with the status that work() returns; with 2, after one line on stderr, for bad input or a full GPU."""
     problem, status = None, 2
     try:
         status = work()
     except UsageError as e:  # from a loader worker, the last line of its traceback
         problem = str(e).splitlines()[-1].removeprefix(f"{UsageError.__module__}.{UsageError.__qualname__}: ")
     except torch.OutOfMemoryError as e:
-        problem = f"the GPU's memory is too small ({str(e).splitlines()[0]}): lower --batch-size (or raise --accum)"
+        problem = f"the GPU's memory is too small ({str(e).splitlines()[0]}): lower --batch-size or raise --accum"
     except Exception:
         if not dist.is_initialized():
             raise
@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False):

@@ -53,7 +53,8 @@ def attempt_store(rank: int, world: int) -> dist.Store:
     attempt = name = uuid.uuid4().hex
     if rank > 0:
         store.set(f"asks {rank}", name)
-        store.wait([f"answer {name}"], patience)
+        while not store.check([f"answer {name}"]):  # not store.wait(), which would hold back stop signals
+            time.sleep(0.05)
         attempt = store.get(f"answer {name}").decode()
         store.set(f"heard {attempt} {rank}", "")
     else:

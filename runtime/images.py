@@ -15,14 +15,14 @@ from torchvision.transforms.v2 import functional as TF
 from runtime.cli import UsageError, need
 
 EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".gif", b".bmp", b".tif", b".tiff", b".ppm", b".pgm")
-DAMAGE = (ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)  # Pillow's, beside OSError
+DAMAGE = (ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)  # Pillow's, besides OSError
 
 
 def read_image(path: str | Path) -> Tensor:
     """Any image file as uint8 RGB (3, h, w), EXIF applied; an animation's first frame. Raises OSError if damaged."""
     try:
         file = read_file(os.fspath(path))
-        if bytes(file[:4].tolist()) == b"GIF8":  # damaged, it crashes torchvision (pytorch/vision issue 9551)
+        if bytes(file[:4].tolist()) == b"GIF8":  # damaged ones crash torchvision (pytorch/vision issue 9551)
             raise RuntimeError
         image = decode_image(file, ImageReadMode.RGB, apply_exif_orientation=True)
     except RuntimeError:  # a format that torchvision does not read (BMP, TIFF, …), or damaged: Pillow decides
@@ -81,7 +81,7 @@ class ImageList(PackedList):
 
 
 def list_images(folder: str | Path, subset: str | Path | None = None, train: bool = True) -> ImageList:
-    """All images below `folder`, folder by folder in alphabetical order. train: use folder/train if it exists.
+    """All images below `folder`, folder by folder in byte order. train: use folder/train if it exists.
 
     subset: a text file that selects some of them, one per line: a folder ("n01440764"), a file in it
     ("n01440764/1.JPEG"), or a bare file name ("n01440764_1.JPEG"). Raises UsageError if there are none.

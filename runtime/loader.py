@@ -19,7 +19,7 @@ class ImageRegions(Dataset):
     so it depends on no worker, rank or interruption, and no two samples share any.
 
     maps, header: of region_maps(); images that were unreadable then are left out. size: side of a view. A sample is a
-    dict: image (S, S, 3) uint8, regions (h, w), draw_views()'s entries, and unreadable: whether the next replaces it.
+    dict: image (S, S, 3) uint8, regions (h, w), draw_views()'s entries, and unreadable: whether another replaces it.
     """
 
     def __init__(self, images: ImageList, maps: np.ndarray, header: dict, size: int = 224, seed: int = 0):

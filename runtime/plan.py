@@ -67,4 +67,4 @@ def training_memory(model: r2o.R2O, images: int, size: int, device: torch.device
         del c5
     weights = sum(p.nbytes for p in model.parameters())
     weights += 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    return weights + images * ((kept[1] - kept[0]) + 6 * 12 * size**2)  # 2 views: kept; 6 images in float32
+    return weights + images * ((kept[1] - kept[0]) + 6 * 12 * size**2)  # activations of 2 views; 6 images in float32

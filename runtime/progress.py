@@ -1,4 +1,4 @@
-"""How far a run is, and what guards it against steps that are not finite."""
+"""A run's progress, and its guard against steps that are not finite."""
 
 import torch
 import torch.distributed as dist
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from runtime.cli import UsageError, need
 
 MAX_SKIPPED = 10  # in a row, after which a run ends
-BEFORE = "the last checkpoint is from before: resume with a lower --lr and --changed"
+BEFORE = "the last checkpoint is from before: if it happens again, resume with a lower --lr and --changed"
 # Names in last.pth -> attributes of Progress
 SAVED = {"step": "step", "streak": "skipped_in_a_row", "taken": "steps_done", "skipped": "skipped", "sums": "sums"}
 

@@ -1,4 +1,4 @@
-"""What a pretraining run tells: a bar and a health line, log.jsonl, strip.png."""
+"""The output of a pretraining run: a bar and a health line, log.jsonl, strip.png."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ from runtime.storage import save_or_warn
 
 
 def alarms(record: dict) -> list[str]:
-    """The signs in an epoch's record that training goes wrong."""
+    """Signs in an epoch's record that training is failing."""
     found = []
     if record["spread"] < 0.1:
         found.append("the projections have collapsed to a point (spread near 0): lower --lr, or raise --tau")

@@ -45,7 +45,7 @@ def save_or_warn(path: str | Path, write, keep: str | Path | None = None) -> boo
     try:
         save_atomically(path, write, keep)
     except OSError as e:
-        warn(f"cannot write {path} ({e.strerror or e}): the previous one is kept")
+        warn(f"cannot write {path} ({e.strerror or e}): what was there is kept")
         return False
     return True
 
@@ -60,7 +60,7 @@ def write_json(path: str | Path, result: dict | list):
 
 
 def try_lock(path: Path):
-    """Try to take an exclusive lock, also against other machines. Returns the open file, or None if it is taken."""
+    """Try to take an exclusive lock, across machines too. Returns the open file, or None if it is taken."""
     try:
         file = open(path, "w")  # noqa: SIM115
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

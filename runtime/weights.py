@@ -30,8 +30,8 @@ COUNTER = "num_batches_tracked"  # of batch norm; torchvision's older files lack
 def load_encoder(ckpt: str | Path, arch: str | None = None) -> tuple[nn.Module, str]:
     """An encoder in eval mode, and a line that describes it.
 
-    ckpt: a file that read_weights() reads, or "random". arch: what it holds; needed for "random" only (default:
-    resnet50). Raises UsageError unless every tensor matches and none but the classifier's is left over.
+    ckpt: a file that read_weights() reads, or "random". arch: what it holds, which files tell; of "random", resnet50 by
+    default. Raises UsageError unless every tensor matches and none but the classifier's is left over.
     """
     if str(ckpt) == "random":
         with torch.random.fork_rng(devices=[]):
@@ -47,8 +47,8 @@ def read_weights(path: str | Path, arch: str | None = None) -> dict:
     """The encoder in a checkpoint of any layout: arch, epoch, args, matched (a phrase), torchvision's state_dict.
 
     path: r2o.pth, last.pth (its online encoder), the authors' files, or weights of torchvision, timm, MMSegmentation or
-    Detectron2, as .pth, .safetensors or .pkl. arch: which encoder it must be; the file's own word or its tensors decide
-    otherwise. Raises UsageError unless the file holds exactly one of ARCHS, apart from a classifier.
+    Detectron2, as .pth, .safetensors or .pkl. arch: which encoder it must be; by default the file's entry or tensors
+    decide. Raises UsageError unless the file holds exactly one of ARCHS, apart from a classifier.
     """
     file = _load_any(path)
     args, epoch = file.get("args"), file.get("epoch")
@@ -92,7 +92,7 @@ def _load_any(path: str | Path) -> dict:
         return load_file(path)
     need(Path(path).is_file(), f"no such checkpoint: {path}")
     if suffix == ".safetensors":
-        need_package("safetensors", "this")
+        need_package("safetensors", str(path))
         from safetensors import SafetensorError
         from safetensors.torch import load_file as load_safetensors
 
@@ -143,7 +143,6 @@ def write_weights(file: dict, layout: str, path: Path):
     if layout == "detectron2":
         state = {to_detectron2(name): x for name, x in state.items()}
     if path.suffix == ".safetensors":
-        need_package("safetensors", "this")
         from safetensors.torch import save
 
         content = save(state, {name: str(x) for name, x in about.items()} | {"format": "pt"})
