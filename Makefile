@@ -38,7 +38,7 @@ lint: .venv/done
 
 .venv/done: Makefile
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q $(TORCH) scikit-image tqdm pybind11 ninja setuptools ruff==0.17.6 pytest hypothesis tensorboard \
+	$(PY) -m pip install -q $(TORCH) scikit-image tqdm pybind11 ninja 'setuptools>=70.1,<82' ruff==0.17.6 pytest hypothesis tensorboard \
 		pycocotools safetensors timm matplotlib pytest-xdist
 	touch $@
 

@@ -111,19 +111,19 @@ def mean_overlap(masks: torch.Tensor, truth: torch.Tensor) -> float:
     return float(torch.cat(best).mean())
 
 
+@torch.no_grad()
 def predict(encoder, images: torch.Tensor, regions: torch.Tensor, k: int, assign: str) -> torch.Tensor:
     """Masks (n, h, w), in groups of 32 images as in training."""
     starts = range(0, len(images), GROUP)
-    parts = [(r2o.normalize(images[i : i + GROUP]), regions[i : i + GROUP]) for i in starts]
-    return torch.cat([group_masks(encoder, *part, k, assign, seed) for part, seed in zip(parts, starts, strict=True)])
+    c4 = [r2o.encode_c4(encoder, r2o.normalize(images[i : i + GROUP])) for i in starts]
+    return torch.cat([group_masks(x, regions[i : i + GROUP], k, assign, i) for x, i in zip(c4, starts, strict=True)])
 
 
 def foreground_iou(encoder, images: torch.Tensor, truth: torch.Tensor) -> float:
     """Table 3's protocol: of K = 5 segments of each image alone, the one that overlaps the objects best."""
     generator = torch.Generator().manual_seed(0)
     scores = [segment_images(encoder, r2o.normalize(x), 5, generator=generator) for x in images.split(64)]
-    segments = F.interpolate(torch.cat(scores), (SIDE, SIDE), mode="bilinear").argmax(1)
-    return matched_iou(segments, truth)
+    return matched_iou(F.interpolate(torch.cat(scores), (SIDE, SIDE), mode="bilinear").argmax(1), truth)
 
 
 def matched_iou(segments: torch.Tensor, truth: torch.Tensor) -> float:

@@ -134,7 +134,7 @@ def read_checkpoint(args, images: ImageList) -> Checkpoint:
 def open_data(args, images: ImageList, maps_file: str, planned: int | None = None) -> ImageRegions:
     """The images with their region maps, which one process computes if they are missing while the others wait.
     planned: how many images the flags must suit (default: those that can be read)."""
-    workers = distributed.cores() if args.workers else 0
+    workers = distributed.cores() if args.workers and not planned else args.workers  # each rank of a dry run maps alone
     maps, header = region_maps(images, maps_file, args.prior, args.segments, args.size // 4, workers)
     data = ImageRegions(images, maps, header, args.size, args.seed)
     check_batches(args, planned or len(data), data.num_regions)
@@ -186,8 +186,7 @@ def autocast(device: torch.device):
 
 
 def forward_backward(ddp: nn.Module, batches, accum: int, k: int, seed: int) -> dict[str, Tensor]:
-    """Set .grad to the gradients of the mean loss over the next batch's pairs. Returns R2O's statistics,
-    averaged over the micro-batches, and the mean loss."""
+    """Set .grad for the mean loss over the next batch's pairs. Returns R2O's statistics, means over micro-batches."""
     generator = torch.Generator().manual_seed(seed)  # the same on all ranks
     reports, total = [], 0
     ddp.zero_grad()
@@ -309,7 +308,7 @@ def dry_run(args) -> int:
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         data = open_data(args, sample, f"{folder}/regions.npy", len(images))
-        seconds = (time.perf_counter() - began) * (distributed.cores() if args.workers else 1) / len(sample)
+        seconds = (time.perf_counter() - began) * max(args.workers, 1) / len(sample)
         if rank == 0:
             group = min(args.kmeans_group, args.batch_size // args.accum)
             plan.print_plan(schedule, len(images), world, args.accum, group)

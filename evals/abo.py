@@ -24,6 +24,7 @@ from evals.truth import add_truth_flags, decode, list_masks, load_coco, read_ids
 from runtime import cli, distributed
 from runtime.cli import count, natural, need, need_package, number
 from runtime.images import PackedList, read_image
+from runtime.regions import slic_prior
 from runtime.storage import write_json
 
 
@@ -67,8 +68,7 @@ class Truth(Dataset):
         (h, w), (oh, ow) = image.shape[1:], objects.shape[1:]
         same = not len(objects) or abs(w * oh - h * ow) <= 0.02 * h * ow + max(h, w)
         need(same, f"the annotation of {path} is {ow} x {oh} pixels, the image {w} x {h}: expected one shape")
-        prior = r2o.slic_regions(image, self.segments, self.size // 4)
-        return r2o.resize(image, self.size), prior, objects, void
+        return r2o.resize(image, self.size), slic_prior(path, image, self.segments, self.size // 4), objects, void
 
 
 def coco_objects(image: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,8 +89,7 @@ def open_truth(args) -> Truth:
 
 
 def measure(tested: list[Tested], ks: list[list[int]], truth: Truth, args, device) -> tuple[dict[tuple, float], int]:
-    """ks: numbers of clusters per encoder. Every image is read once. Returns the average best overlap by (masks, K,
-    assign), and the number of objects."""
+    """ks: numbers of clusters per encoder. Returns average best overlaps by (masks, K, assign), and counts objects."""
     order = np.random.default_rng(0).permutation(len(truth)).tolist()  # neighboring files often share a class
     groups = [order[i : i + args.group] for i in range(0, len(order), args.group)]
     loader = DataLoader(truth, batch_sampler=groups, num_workers=args.workers, collate_fn=list)
@@ -107,6 +106,7 @@ def measure(tested: list[Tested], ks: list[list[int]], truth: Truth, args, devic
     return {key: x / total for key, x in sums.items()}, total
 
 
+@torch.no_grad()
 def all_masks(tested: list[Tested], ks: list[list[int]], group: list, number: int, device):
     """Yield ((masks, K, assign), masks (B, h, w)) of one group of Truth's samples."""
     images = r2o.normalize(torch.stack([row[0] for row in group]).to(device))
@@ -114,8 +114,9 @@ def all_masks(tested: list[Tested], ks: list[list[int]], group: list, number: in
     yield ("SLIC prior", None, None), regions
     yield ("grid", None, None), r2o.grid_regions(size=regions.shape[1]).expand(len(group), -1, -1)
     for one, some in zip(tested, ks, strict=True):
+        c4 = r2o.encode_c4(one.encoder, images)
         for k, assign in itertools.product(some, ("pixel", "region")):
-            yield (one.path, k, assign), group_masks(one.encoder, images, regions, k, assign, seed=number)
+            yield (one.path, k, assign), group_masks(c4, regions, k, assign, seed=number)
 
 
 def curves_of(scores: dict[tuple, float], tested: list[Tested]) -> tuple[dict[str, list], str]:
@@ -125,8 +126,7 @@ def curves_of(scores: dict[tuple, float], tested: list[Tested]) -> tuple[dict[st
         for (name, k, assign), score in scores.items():
             if name != one.path:
                 continue
-            kinds = [f", K = {k}"] * several + [", K(t)"] * (several and k == one.k) or [""]
-            for kind in kinds:
+            for kind in [f", K = {k}"] * several + [", K(t)"] * (several and k == one.k) or [""]:
                 curves.setdefault(f"{assign} masks{kind}", []).append((one.epoch if several else k, score))
     curves = {label: sorted(line) for label, line in curves.items() if not several or len(line) == len(tested)}
     xs = [x for line in curves.values() for x, _ in line]
@@ -145,7 +145,8 @@ def plot(curves: dict[str, list[tuple[float, float]]], title: str, across: str, 
         ticks = sorted({x for line in curves.values() for x, _ in line})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-    axes.set(xlabel=across, ylabel="average best overlap", title=title)
+    axes.set(xlabel=across, ylabel="average best overlap")
+    axes.set_title(title, parse_math=False)  # a folder's name may hold $
     axes.grid(axis="y", alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.figure.savefig(path, format="png", dpi=100)
@@ -163,9 +164,6 @@ def evaluate(args) -> int:
     print(f"average best overlap, {total} objects of {len(truth)} images")
     for (name, k, assign), score in scores.items():
         print(f"{score:.3f}  {name}" + (f", K = {k}, {assign} masks" if k else ""))
-    if args.plot:
-        curves, across = curves_of(scores, tested)
-        plot(curves, f"average best overlap of {total} objects in {args.data[0].name}", across, args.plot)
     last, k = tested[-1], args.k[-1] if args.k else ks[-1][-1]
     ours = f"{scores[last.path, k, 'pixel']:.3f} (pixel masks), {scores[last.path, k, 'region']:.3f} (region masks), "
     ours += f"{scores['SLIC prior', None, None]:.3f} (SLIC prior), {scores['grid', None, None]:.3f} (grid)"
@@ -179,6 +177,9 @@ def evaluate(args) -> int:
     protocol = {name: getattr(args, name) for name in ("size", "segments", "group", "min_area")}
     about = {"data": [str(d) for d in args.data], "images": len(truth), "objects": total, "protocol": protocol}
     write_json(args.json, about | {"encoders": {one.path: one.line for one in tested}, "rows": rows})
+    if args.plot:
+        curves, across = curves_of(scores, tested)
+        plot(curves, f"average best overlap of {total} objects in {args.data[0].name}", across, args.plot)
     return 0
 
 

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 import r2o
 from evals.measures import match_foreground, segment_images
 from evals.truth import read_ids, readable
-from runtime.checkpoint import load_file
 from runtime.cli import Parser, need
 from runtime.images import read_image
 from runtime.pictures import paint, resize_labels
-from runtime.weights import load_encoder
+from runtime.weights import load_encoder, read_weights
 
 NO_FOREGROUND = "no mask has any foreground: expected values above 127, or ids above 0"
 
@@ -38,8 +37,7 @@ def calibrated_encoder(ckpt: str, arch: str | None, batches, device: torch.devic
 
 @torch.no_grad()
 def calibrate(encoder: nn.Module, batches):
-    """Measure an untrained encoder's batch norm statistics on batches of normalized images. These alone raise its
-    score; without this step, training would get the credit for them."""
+    """Measure an untrained encoder's batch norm statistics on batches: training shall not get the credit for them."""
     norms = [m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)]
     for m in norms:
         m.reset_running_stats()
@@ -50,11 +48,9 @@ def calibrate(encoder: nn.Module, batches):
     encoder.eval()
 
 
-@torch.no_grad()
-def group_masks(encoder: nn.Module, images: Tensor, regions: Tensor, k: int, assign: str, seed: int) -> Tensor:
-    """Masks as in training, of one group of images that share K clusters. images: (B, 3, S, S) normalized. regions:
-    (B, h, w). Returns (B, H, W) for assign = "pixel", (B, h, w) for "region"."""
-    c4 = r2o.encode_c4(encoder, images)
+def group_masks(c4: Tensor, regions: Tensor, k: int, assign: str, seed: int) -> Tensor:
+    """Masks as in training, of one group of images that share K clusters. c4: (B, C, H, W). regions: (B, h, w).
+    Returns (B, H, W) for assign = "pixel", (B, h, w) for "region"."""
     uniforms = r2o.seeding_uniforms(1, k, torch.Generator().manual_seed(seed)).to(c4.device)
     return r2o.predict_masks(c4, regions, k, uniforms, assign=assign)
 
@@ -78,9 +74,9 @@ def open_checkpoints(ckpt: str, arch: str | None, images: list, size: int, devic
         need(paths, f"no epoch_*.pth or r2o.pth in {ckpt}: train with --keep-every 10, say")
     found = {}
     for path in paths:
-        file = load_file(path) if path.endswith(".pth") else {}
+        file = {} if path == "random" else read_weights(path, arch)
         epoch, args, k = file.get("epoch"), file.get("args"), None
-        if isinstance(epoch, int) and isinstance(args, dict) and "k_start" in args:
+        if epoch is not None and "k_start" in args:
             names = ("epochs", "k_start", "k_end", "hold_epochs", "schedule")
             k = r2o.num_clusters(epoch, *(args[name] for name in names))
         encoder, line = calibrated_encoder(path, arch, square_batches(images, size), device)
@@ -89,13 +85,14 @@ def open_checkpoints(ckpt: str, arch: str | None, images: list, size: int, devic
     return sorted(found.values(), key=lambda one: one.epoch or 0)
 
 
+@torch.no_grad()
 def mask_columns(wanted: list, images: Tensor, regions: Tensor, shown: list[int], device: torch.device) -> list:
     """film_strip's columns of the `shown` images: image, prior, and the masks of each (label, encoder, K) in `wanted`.
     All images, (n, 3, S, S) uint8, share their clusters. regions: (n, h, w)."""
     made = [("image", images[shown]), ("prior", paint(images[shown], regions[shown]))]
     normalized, regions = r2o.normalize(images.to(device)), regions.to(device)
     for label, encoder, k in wanted:
-        masks = group_masks(encoder, normalized, regions, k, "pixel", seed=0).cpu()
+        masks = group_masks(r2o.encode_c4(encoder, normalized), regions, k, "pixel", seed=0).cpu()
         made.append((label, paint(images[shown], masks[shown])))
     return made
 
@@ -146,8 +143,7 @@ def mean_scores(scores: list[dict], n: int) -> dict[str, float]:
 
 def pictures(image, segments, best, truth, _) -> list[Tensor]:
     """One of segmented()'s results as pictures: image, segments, foreground, truth; everything else darkened."""
-    size = image.shape[-2:]
-    small, *masks = (resize_labels(m, size) for m in (segments, segments == best, truth))
+    small, *masks = (resize_labels(m, image.shape[-2:]) for m in (segments, segments == best, truth))
     return [image, paint(image[None], small[None])[0], *((image * (0.2 + 0.8 * m)).to(torch.uint8) for m in masks)]
 
 

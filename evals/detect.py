@@ -152,7 +152,7 @@ def find_objects(model: nn.Module, objects: Objects, workers: int) -> list[dict]
     if world > 1:
         every = [None] * world if rank == 0 else None
         dist.gather_object(found, every)
-        found = [one for some in every or [] for one in some]
+        return [one for some in every or [] for one in some]
     return found
 
 

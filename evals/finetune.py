@@ -55,8 +55,7 @@ def add_flags(p: Parser, out: str, epochs: int | None, batch_size: int, lr, weig
     add("--out", default=out, help="folder for the runs, which resume from what it holds, and results.json")
     add("--epochs", type=natural, default=epochs, help="passes over the training images; 0: evaluate only")
     add("--batch-size", type=count, default=batch_size, help="images per step, over all processes")
-    positive = number(float, 0, above=True)
-    add("--lr", type=positive, default=lr, nargs="+", help="learning rates, one run each")
+    add("--lr", type=number(float, 0, above=True), default=lr, nargs="+", help="learning rates, one run each")
     add("--seeds", type=natural, default=seeds, nargs="+", help="seeds, one run each")
     add("--weight-decay", type=rate, default=weight_decay, help="for all weights")
     add("--workers", type=natural, default=distributed.cores_per_process(), help="per process")
@@ -228,6 +227,5 @@ def summary(runs: list[dict], lr: float) -> str:
     parts = []
     for name in runs[0]:
         x = [one[name] for one in runs]
-        spread = f" ± {statistics.stdev(x):.2f}" if len(x) > 1 else ""
-        parts.append(f"{name} {statistics.mean(x):.2f}{spread}")
+        parts.append(f"{name} {statistics.mean(x):.2f}" + (f" ± {statistics.stdev(x):.2f}" if len(x) > 1 else ""))
     return ", ".join(parts) + f" (n = {len(runs)}, lr {lr:g})"

@@ -7,6 +7,8 @@ An image's feature is its C5, averaged over the image, of unit length. Each of i
 its class with weight exp(cosine / temperature). Features are kept in half precision: 5 GB for ImageNet-1K.
 """
 
+import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from evals.measures import QUERIES, nearest, votes
 from evals.truth import readable
 from runtime import cli, distributed
 from runtime.cli import UsageError, count, natural, need, number
-from runtime.images import read_image
+from runtime.images import EXTENSIONS, read_image
 from runtime.pictures import evenly
 from runtime.storage import write_json
 
@@ -47,17 +49,18 @@ def open_folder(folder: Path, size: int, classes: list[str] | None = None) -> Im
     resize = v2.Resize(round(size * 8 / 7), v2.InterpolationMode.BICUBIC, antialias=True)
     crop = v2.Compose([resize, v2.CenterCrop(size)])
     try:
-        data = ImageFolder(folder, crop, loader=lambda path: readable(read_image, path))
+        wanted, loader = lambda path: os.fsencode(path).lower().endswith(EXTENSIONS), partial(readable, read_image)
+        data = ImageFolder(folder, crop, loader=loader, is_valid_file=wanted, allow_empty=True)
     except OSError as e:
         problem = f"{e.strerror}: {e.filename}" if e.strerror else str(e).splitlines()[0]
         raise UsageError(f"{problem}; expected a folder with one folder of images per class") from None
+    need(len(data), f"no images in the folders of {folder}: expected one folder of images per class")
     if classes is not None:
-        strange = [name for name in data.classes if name not in classes]
-        among = f"are not among the {len(classes)} of the training images, such as {strange[:1]}"
-        many = f"{len(strange)} of the {len(data.classes)} classes in {folder}"
-        need(not strange, f"{many} {among}: expected the same class folders")
-        labels = [classes.index(name) for name in data.classes]
-        data.samples = [(path, labels[i]) for path, i in data.samples]
+        found = {data.classes[i] for i in data.targets}
+        strange = sorted(found - set(classes))
+        among = f"are not among the {len(classes)} of the training images, such as {''.join(strange[:1])}"
+        need(not strange, f"{len(strange)} of the {len(found)} classes in {folder} {among}: expected the same folders")
+        data.samples = [(path, classes.index(data.classes[i])) for path, i in data.samples]
     return data
 
 

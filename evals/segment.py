@@ -140,8 +140,7 @@ def open_split(data: Path, which: str, split: str, sbd: Path | None = None):
         parts = [voc]
         for name in ("train", "val"):
             part = datasets.SBDataset(str(sbd), name, mode="segmentation")
-            new = [i for i, p in enumerate(part.images) if Path(p).stem not in ours]
-            parts.append(Subset(part, new))
+            parts.append(Subset(part, [i for i, p in enumerate(part.images) if Path(p).stem not in ours]))
         return ConcatDataset(parts)
     except (OSError, RuntimeError, ValueError, ImportError) as e:
         where = f"{data} or {sbd}" if sbd else f"{data}"

@@ -99,8 +99,7 @@ def list_cub(folder: Path, split: str) -> list[tuple[Path, Path]]:
     file = folder / "train_test_split.txt" if split == "test" else Path(split)
     need(file.is_file(), f"no such split: {file}; expected test, or a file of ids")
     rows = [line.split() for line in file.read_text(errors="replace").splitlines() if line.strip()]
-    wanted = "0" if split == "test" else "2"
-    ids = [row[0] for row in rows if len(row) == 1 or row[1] == wanted]
+    ids = [row[0] for row in rows if len(row) == 1 or row[1] == ("0" if split == "test" else "2")]
     unknown = [i for i in ids if i not in names]
     need(not unknown, f"{file} names {len(unknown)} ids, of {len(ids)}, that images.txt does not list")
     need(ids, f"{file} names no test image")

@@ -66,8 +66,7 @@ class Checkpoint:
         return None
 
     def restore(self, header: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict | None:
-        """Load what rank 0 has read into model and optimizer, on all ranks, and return it, or None. From now on save()
-        writes the header and their state."""
+        """Load what rank 0 has read, on all ranks; return it, or None. From now on save() writes header and state."""
         self.header, self.model, self.optimizer = header, model, optimizer
         found, self.found = [self.found], None
         if dist.is_initialized():

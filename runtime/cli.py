@@ -81,9 +81,10 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
             x = kind(text)
         except ValueError:
             x = math.nan
-        if not (low < x if above else low <= x) or not x <= high or math.isinf(x):
+        if not (low < x if above else low <= x) or not x <= high or x == math.inf:
             bounds = f"above {low}" if above else f"at least {low}"
             bounds += f" and at most {high}" if high < math.inf else ""
+            bounds += ", an integer" if kind is int and math.isnan(x) else ""
             raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
         return x
 

@@ -117,7 +117,8 @@ def _kill_workers():
     """At exit Python sends SIGTERM to workers that an exception left, and joins them. Ours ignore it: kill them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
-        process.kill()
+        if process.daemon:  # as loader workers are; a program that only imports this keeps its other processes
+            process.kill()
 
 
 def leave_process_group(status: int):

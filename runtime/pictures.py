@@ -34,8 +34,7 @@ def resize_labels(ids: Tensor, size) -> Tensor:
 
 
 def film_strip(columns: list[tuple[str, Tensor]], zoom: int = 1, notes: list[str] | None = None) -> Image.Image:
-    """Labeled columns of n pictures each, (label, (n, 3, S, S) uint8), as one image, `zoom` times as large.
-    notes: one per row, drawn on its first picture."""
+    """Columns (label, (n, 3, S, S) uint8) as one image, enlarged by `zoom`. notes: for each row's first picture."""
     columns = [(label, x.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)) for label, x in columns]
     n, _, s, _ = columns[0][1].shape
     top, gap = 16, 4

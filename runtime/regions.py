@@ -137,7 +137,12 @@ class _Priors(Dataset):
             return torch.zeros(self.size, self.size, dtype=torch.uint8), printable(f"{path} ({e})")
         if self.prior == "grid":
             return r2o.grid_regions(size=self.size), ""
-        try:
-            return r2o.slic_regions(image, self.num_segments, self.size), ""
-        except ValueError as e:  # more than 256 segments
-            raise UsageError(f"{path}: {e} with --segments") from None
+        return slic_prior(path, image, self.num_segments, self.size), ""
+
+
+def slic_prior(path: str, image: torch.Tensor, num_segments: int, size: int) -> torch.Tensor:
+    """r2o.slic_regions, whose ValueError becomes UsageError."""
+    try:
+        return r2o.slic_regions(image, num_segments, size)
+    except ValueError as e:
+        raise UsageError(f"{path}: {e} with --segments") from None

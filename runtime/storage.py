@@ -1,7 +1,6 @@
 """Files that survive kills, full disks and second runs: atomic saves and locks."""
 
 import contextlib
-import fcntl
 import json
 import os
 import sys
@@ -61,6 +60,8 @@ def write_json(path: str | Path, result: dict | list):
 
 def try_lock(path: Path):
     """Try to take an exclusive lock, across machines too. Returns the open file, or None if it is taken."""
+    import fcntl  # not on Windows, where torch.hub still loads weights
+
     try:
         file = open(path, "w")  # noqa: SIM115
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -31,7 +31,7 @@ def load_encoder(ckpt: str | Path, arch: str | None = None) -> tuple[nn.Module, 
     """An encoder in eval mode, and a line that describes it.
 
     ckpt: a file that read_weights() reads, or "random". arch: what it holds, which files tell; of "random", resnet50 by
-    default. Raises UsageError unless every tensor matches and none but the classifier's is left over.
+    default. Raises UsageError for what read_weights() refuses.
     """
     if str(ckpt) == "random":
         with torch.random.fork_rng(devices=[]):
@@ -48,12 +48,12 @@ def read_weights(path: str | Path, arch: str | None = None) -> dict:
 
     path: r2o.pth, last.pth (its online encoder), the authors' files, or weights of torchvision, timm, MMSegmentation or
     Detectron2, as .pth, .safetensors or .pkl. arch: which encoder it must be; by default the file's entry or tensors
-    decide. Raises UsageError unless the file holds exactly one of ARCHS, apart from a classifier.
+    decide. Raises UsageError unless the encoder's tensors are exactly those of one of ARCHS, apart from a classifier.
     """
     file = _load_any(path)
     args, epoch = file.get("args"), file.get("epoch")
     about = {"epoch": epoch if isinstance(epoch, int) else None, "args": args if isinstance(args, dict) else {}}
-    named = file.get("arch") or about["args"].get("arch") or arch
+    named = next((x for x in (file.get("arch"), about["args"].get("arch")) if isinstance(x, str)), arch)
     need(arch in (None, named), f"{path} holds a {named}, not a {arch}: leave --arch out")
     own, nearest = _encoder_tensors(file), []
     for candidate in [named] if named in r2o.ARCHS else r2o.ARCHS:
@@ -76,7 +76,8 @@ def _encoder_tensors(file: dict) -> dict[str, Tensor]:
     state = file
     for key in ("model", "state_dict"):
         state = state[key] if isinstance(state.get(key), dict) else state
-    tensors = {name: x for name, x in state.items() if isinstance(x, (Tensor, np.ndarray, np.generic))}
+    arrays = {n: x for n, x in state.items() if isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind in "biuf"}
+    tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)} | arrays
     tensors = {str(name).removeprefix("module."): torch.as_tensor(x) for name, x in tensors.items()}
     for prefix in PREFIXES:
         own = {to_torchvision(n.removeprefix(prefix)): x for n, x in tensors.items() if n.startswith(prefix)}
@@ -103,7 +104,7 @@ def _load_any(path: str | Path) -> dict:
     try:
         with open(path, "rb") as f:
             file = _ArrayUnpickler(f, encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError, UnicodeDecodeError) as e:
+    except Exception as e:  # damaged pickles raise almost any
         raise UsageError(f"{path} is not a pickle of arrays and plain types ({e}): it is not read") from None
     return file if isinstance(file, dict) else {}
 

@@ -280,6 +280,8 @@ def test_data_and_arguments_that_do_not_fit_are_refused(pairs, tmp_path, refused
     assert "no object of 9999 pixels" in refused(*FLAGS, *data, "-k", 2, "--min-area", 9999)
     assert "no epoch_" in refused("--ckpt", tmp_path, *data)
     assert "one folder or two" in refused(*FLAGS, *data, pairs)
+    line = refused(*FLAGS, *data, "-k", 2, "--segments", 2000, "--size", 256)
+    assert ".png: SLIC gave" in line and "more than 256" in line and line.endswith("with --segments")
     masks = tmp_path / "masks"
     masks.mkdir()
     for i in range(12):

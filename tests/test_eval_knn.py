@@ -1,6 +1,7 @@
 """knn.py, Table 4: neighbors, votes, processes, and bad input."""
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -150,10 +151,23 @@ def test_features_are_c5_averaged_of_the_middle_of_the_image(colors):
     assert labels.tolist() == [data[i][1] for i in range(1, 18, 3)]
 
 
+def test_classes_are_those_of_the_training_folders_that_hold_images(colors, tmp_path):
+    """val may lack classes; empty folders are none, whatever their name; every suffix that training reads is read."""
+    val = tmp_path / "val"
+    shutil.copytree(colors / "val" / "red", val / "red")
+    (val / ".cache").mkdir()
+    Image.new("RGB", (40, 48)).save(val / "red" / "x.GIF")
+    data = knn.open_folder(val, 32, ["blue", "green", "red"])
+    assert [label for _, label in data.samples] == [2] * 4
+    pickle.dumps(data)  # for workers that are spawned
+
+
 def test_bad_data_and_arguments_are_refused(colors, tmp_path, refused):
     train, val = colors / "train", colors / "val"
     assert "2 of the 3 classes in" in refused(*FLAGS, "--data", only(tmp_path / "one", train, "blue"), val)
     assert "Couldn't find any class folder in" in refused(*FLAGS, "--data", train / "blue" / "deeper", val)
+    (tmp_path / "empty" / "blue").mkdir(parents=True)
+    assert "no images in the folders of" in refused(*FLAGS, "--data", train, tmp_path / "empty")
     assert "-k 19 is more than the 18 training images" in refused(*FLAGS, "--data", colors, "-k", 19)
     assert "No such file or directory" in refused(*FLAGS, "--data", train)
     assert "twice" in refused(*FLAGS, "--data", train, train)

@@ -144,6 +144,24 @@ def test_torch_hub_gives_the_same_features(ours):
     assert not net.training
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.pth", {"arch": torch.ones(2), "state_dict": {}}),
+        ("x.pkl", {"model": {"conv1.weight": np.array(["text"]), "bn1.weight": np.array([None, {}])}}),
+        ("x.pkl", b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x00"),  # bytes longer than the memory
+    ],
+)
+def test_odd_files_are_refused_in_one_line(tmp_path, name, content):
+    path = tmp_path / name
+    if name == "x.pth":
+        torch.save(content, path)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    with pytest.raises(UsageError, match=r"no known encoder|not a pickle of arrays"):
+        load_encoder(str(path))
+
+
 def test_a_pickle_that_would_run_something_is_refused_and_does_not(tmp_path, refused):
     class Evil:
         def __reduce__(self):

@@ -188,12 +188,21 @@ def test_saving_keeps_what_was_there_and_leaves_nothing_half_written(tmp_path):
     assert (path.read_bytes(), before.read_bytes()) == (b"two", b"one") and len(list(tmp_path.iterdir())) == 2
 
 
-def test_another_learning_rate_is_refused_until_it_is_meant(photos, copy, refuse):
+def test_another_learning_rate_is_refused_until_it_is_meant(photos, copy, refuse, monkeypatch):
     flags = ["--data", photos, "--out", copy, *SMALL, "--lr", "0.5"]
     assert "--lr 1.0, now it is 0.5: pass --lr 1.0 to resume, or another --out to start anew (or --changed)" in refuse(
         *flags
     )
-    assert "step 9" in run(photos, copy, "--lr", "0.5", "--changed")
+    built = []
+    monkeypatch.setattr(train, "build", lambda *args, build=train.build: built.extend(build(*args)) or built)
+    assert train.main([*map(str, flags), "--weight-decay", "0.25", "--changed"]) is None
+    assert {group["weight_decay"] for group in built[2].param_groups} == {0.25}
+
+
+def test_a_run_whose_images_were_lost_in_between_is_refused(photos, copy, refuse, monkeypatch):
+    monkeypatch.setattr(train.ImageRegions, "__len__", lambda self: 23)
+    flags = ["--data", photos, "--out", copy, *SMALL]
+    assert "was trained on 24 images, of which 23 can be read now: restore them" in refuse(*flags)
 
 
 def test_two_runs_do_not_share_an_out_folder(photos, tmp_path, refuse, monkeypatch):
@@ -425,3 +434,16 @@ def test_a_program_that_fails_does_not_wait_for_its_workers(tmp_path):
     )
     done = subprocess.run([sys.executable, script], timeout=60, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.strip().endswith("ArithmeticError: as planned")
+
+
+def test_a_program_that_only_imports_this_keeps_its_own_processes(tmp_path):
+    """As one does that calls torch.hub.load: at its exit Python waits for the processes that are no daemons."""
+    script = tmp_path / "imports.py"
+    script.write_text(
+        f"import multiprocessing, pathlib, sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import hubconf, runtime.weights\n"
+        "def work():\n    time.sleep(0.5)\n    pathlib.Path(sys.argv[1]).touch()\n"
+        "if __name__ == '__main__':\n    multiprocessing.Process(target=work).start()\n"
+    )
+    subprocess.run([sys.executable, script, tmp_path / "written"], timeout=60, check=True)
+    assert (tmp_path / "written").exists()
