@@ -366,7 +366,8 @@ def byol_loss(q: Tensor, z: Tensor) -> Tensor:
 
 
 def mean_over_pairs(losses: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
-    """A rank's losses -> a loss whose mean over ranks is the mean over all ranks' pairs (0 if none), their number."""
+    """This rank's losses -> a loss whose mean over ranks is the mean over the pairs of all ranks, and their number.
+    Without pairs the loss is 0, with zero gradients."""
     total, world = torch.full((), float(pairs), device=losses.device), 1
     if dist.is_initialized():
         world = dist.get_world_size()

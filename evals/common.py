@@ -37,7 +37,7 @@ def calibrated_encoder(ckpt: str, arch: str | None, batches, device: torch.devic
 
 @torch.no_grad()
 def calibrate(encoder: nn.Module, batches):
-    """Measure an untrained encoder's batch norm statistics on batches: training shall not get the credit for them."""
+    """Measure an untrained encoder's batch norm statistics, so that training does not get the credit for them."""
     norms = [m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)]
     for m in norms:
         m.reset_running_stats()

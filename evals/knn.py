@@ -48,9 +48,9 @@ def open_folder(folder: Path, size: int, classes: list[str] | None = None) -> Im
     """(image (3, S, S) uint8, label): resized to 8/7 S, center cropped. classes: for the labels (default: its own)."""
     resize = v2.Resize(round(size * 8 / 7), v2.InterpolationMode.BICUBIC, antialias=True)
     crop = v2.Compose([resize, v2.CenterCrop(size)])
+    loader, is_image = partial(readable, read_image), lambda path: os.fsencode(path).lower().endswith(EXTENSIONS)
     try:
-        wanted, loader = lambda path: os.fsencode(path).lower().endswith(EXTENSIONS), partial(readable, read_image)
-        data = ImageFolder(folder, crop, loader=loader, is_valid_file=wanted, allow_empty=True)
+        data = ImageFolder(folder, crop, loader=loader, is_valid_file=is_image, allow_empty=True)
     except OSError as e:
         problem = f"{e.strerror}: {e.filename}" if e.strerror else str(e).splitlines()[0]
         raise UsageError(f"{problem}; expected a folder with one folder of images per class") from None
