@@ -1,12 +1,13 @@
 """Unsupervised object segmentation (Table 3): K-means of each image's features, one segment called the foreground.
 
-    python eval_cub.py --ckpt r2o.pth --data CUB_200_2011
     python eval_cub.py --ckpt r2o.pth --data CUB_200_2011 --split redo.txt      # ReDO's 1,000 test images (Table 3)
+    python eval_cub.py --ckpt r2o.pth --data CUB_200_2011      # CUB's own 5,794
     python eval_cub.py --ckpt r2o.pth --data images masks      # any foreground data set, files matched by name
 
 The features of every image are clustered on their own (K = 5). The segment that best overlaps the true foreground is
 called foreground (Hungarian matching with one object), the rest background. As in the paper the truth is used for this
-choice, so the figures say how well some segment fits the object, not whether one could tell which.
+choice, so the figures say how well some segment fits the object, not whether one could tell which. ReDO averages the
+foreground's IoU over images: hold that against the paper's "mIOU", which does not say whether it means the two classes.
 """
 
 import r2o
@@ -52,11 +53,13 @@ def evaluate(args) -> int:
     split = args.split if len(args.data) == 1 else "all"
     print(f"{args.k} segments of {args.layer} at {args.size} pixels, split {split}, n = {means['n']}")
     print("the foreground segment is chosen by the truth, as in the paper")
+    if split == "test":
+        print("these are CUB's own test images; the paper's are ReDO's 1,000: pass --split FILE for them")
     for name in METRICS:
         print(f"{name:15s} {means[name]:.3f}" + ("   of foreground and background" if name == "mean IoU" else ""))
     ours = ", ".join(f"{name} {means[name]:.3f}" for name in METRICS)
     task = f"{args.data[0].name}, K = {args.k}, n = {means['n']}"
-    print(table_row(task, line, ours, "mIoU 0.716 (Table 3, ReDO's split of CUB)"), flush=True)
+    print(table_row(task, line, ours, "mIoU 0.716 (Table 3, ReDO's 1,000 images of CUB)"), flush=True)
     protocol = {"layer": args.layer, "size": args.size, "K": args.k, "split": split, "matching": "by the truth"}
     about = {"ckpt": args.ckpt, "encoder": line, "data": [str(d) for d in args.data]}
     write_json(args.json, about | protocol | means)

@@ -45,6 +45,7 @@ from r2o_ops import (  # the ops of csrc/; some are only re-exported
     seeding_uniforms,
     upcast,
 )
+from r2o_vit import ViT
 
 # ---- The region-level prior (Sec. 3.1, A.7) --------------------------------------------------------------------------
 
@@ -68,6 +69,26 @@ def slic_regions(image, num_segments: int = 100, size: int = 56) -> Tensor:
     names, ids = np.unique(segments[2::4, 2::4], return_inverse=True)
     if len(names) > 256:
         raise ValueError(f"SLIC gave {len(names)} regions, more than 256: ask for fewer than {num_segments} segments")
+    return torch.from_numpy(ids.reshape(size, size).astype(np.uint8))
+
+
+def fh_regions(image: Tensor, size: int = 56) -> Tensor:
+    """Felzenszwalb and Huttenlocher's segments of one image, as a coarse map: DetCon's prior (arXiv 2103.10957).
+
+    image: (3, h, w) uint8, segmented at its own size with scale 1000 and segments of at least 1000 pixels.
+    Returns uint8 (size, size) with ids 0 … n - 1. Raises ValueError for an image without pixels.
+    """
+    from skimage.segmentation import felzenszwalb
+
+    _, h, w = image.shape
+    if h * w == 0:
+        raise ValueError(f"an image of {w} x {h} pixels has no segments")
+    rgb = image.permute(1, 2, 0).numpy()
+    segments = felzenszwalb(rgb, scale=1000, min_size=1000)
+    if segments.max() > 255:  # differs: only then larger ones, at most 256 of which fit
+        segments = felzenszwalb(rgb, scale=1000, min_size=math.ceil(h * w / 256))
+    y, x = ((np.arange(size) + 0.5) * side // size for side in (h, w))  # the pixel at the center of every cell
+    _, ids = np.unique(segments[np.ix_(y.astype(int), x.astype(int))], return_inverse=True)
     return torch.from_numpy(ids.reshape(size, size).astype(np.uint8))
 
 
@@ -131,6 +152,10 @@ def cluster_regions(p: Tensor, valid: Tensor, uniforms: Tensor, iters: int, rank
     return mu, cluster[:, own].reshape(B, R), valid
 
 
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def gather_from_ranks(x: Tensor, first: int, count: int) -> Tensor:
     """Gather x from `count` ranks, starting at `first`, and concatenate."""
     gathered = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
@@ -174,7 +199,7 @@ def mask_stats(m: Tensor, num_clusters: int, groups: int) -> dict[str, Tensor]:
 
 # ---- Networks (Sec. 4) -----------------------------------------------------------------------------------------------
 
-ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "tiny")
+ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "tiny", "vit_b")
 
 
 class Tiny(nn.Module):
@@ -192,11 +217,12 @@ class Tiny(nn.Module):
 
 
 def build_encoder(arch: str) -> nn.Module:
-    """A torchvision ResNet, under its own names, without classifier, or `tiny`. Raises ValueError for others."""
+    """A torchvision ResNet or ViT-B/16 (A.5), under its own names, without classifier, or `tiny`. Raises ValueError
+    for others."""
     if arch not in ARCHS:
         raise ValueError(f"no encoder {arch!r}: choose one of {', '.join(ARCHS)}")
-    if arch == "tiny":
-        net = Tiny()
+    if arch in ("tiny", "vit_b"):
+        net = Tiny() if arch == "tiny" else ViT()
     else:
         net = models.get_model(arch, weights=None)
         del net.fc, net.avgpool
@@ -211,6 +237,8 @@ def channels(layer: nn.Module) -> int:
 
 def encode_c4(net: nn.Module, x: Tensor) -> Tensor:
     """Images (B, 3, S, S) -> C4, the output of layer3: (B, 1024, S/16, S/16) for ResNet-50."""
+    if isinstance(net, ViT):
+        return net.layer3(net.last_map(x))
     x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
     return net.layer3(net.layer2(net.layer1(x)))
 
@@ -233,8 +261,9 @@ class R2O(nn.Module):
 
     arch: one of ARCHS. num_regions: all region ids are below it. kmeans_group: images clustered together; the global
     batch must be a multiple of it, or smaller; a group may span several ranks. kmeans_iters: Lloyd iterations. assign:
-    see predict_masks(). hidden, dim: widths of the heads. overlap: on a GPU, predict masks on a side stream. compile:
-    the encoders, with torch.compile. Raises ValueError for an unknown arch or assign.
+    see predict_masks(). masks: "predicted", or "prior" to take the regions themselves (Table 4). hidden, dim: widths of
+    the heads. overlap: on a GPU, predict masks on a side stream. compile: the encoders, with torch.compile. Raises
+    ValueError for an unknown arch, assign or masks.
     """
 
     def __init__(
@@ -248,12 +277,15 @@ class R2O(nn.Module):
         dim: int = 256,
         overlap: bool = True,
         compile: bool = False,
+        masks: str = "predicted",
     ):
         super().__init__()
         if assign not in ("pixel", "region"):
             raise ValueError(f"no mask assignment {assign!r}: choose pixel or region")
-        self.num_regions, self.assign, self.overlap = num_regions, assign, overlap
-        self.kmeans_group, self.kmeans_iters = kmeans_group, kmeans_iters
+        if masks not in ("predicted", "prior"):
+            raise ValueError(f"no masks {masks!r}: choose predicted or prior")
+        self.num_regions, self.assign, self.overlap, self.masks = num_regions, assign, overlap, masks
+        self.kmeans_group, self.kmeans_iters = 1 if masks == "prior" else kmeans_group, kmeans_iters
         self.encode_c4, self.encode = (torch.compile(f) if compile else f for f in (encode_c4, encode))
         encoder = build_encoder(arch)
         self.online = nn.ModuleDict({"encoder": encoder, "projector": mlp(channels(encoder.layer4), hidden, dim)})
@@ -268,6 +300,8 @@ class R2O(nn.Module):
     @torch.no_grad()
     def predict_masks(self, encoder, images, regions, num_clusters, uniforms, ranks_per_group: int = 1) -> Tensor:
         """predict_masks() of the encoder's C4, with this model's settings. images: (B, 3, S, S) normalized."""
+        if self.masks == "prior":
+            return regions.long()
         c4 = self.encode_c4(encoder, images)  # (B, C, H, W)
         settings = self.num_regions, self.assign, self.kmeans_iters
         return predict_masks(c4, regions, num_clusters, uniforms, *settings, ranks_per_group)
@@ -290,7 +324,7 @@ class R2O(nn.Module):
         Returns the loss, whose average over ranks (DDP's) is the mean over all pairs, and scalars to watch. Raises
         ValueError if the batch does not divide into K-means groups.
         """
-        B, K = len(images), num_clusters
+        B, K = len(images), self.num_regions if self.masks == "prior" else num_clusters
         uniforms, ranks_per_group = self.seeds(B, K, generator)
         uniforms = uniforms.to(images.device, non_blocking=True)
 
@@ -299,29 +333,36 @@ class R2O(nn.Module):
         side = SideStream(images.device, self.overlap)
         with side:
             m = self.predict_masks(self.target["encoder"], images, regions, K, uniforms, ranks_per_group)
-        c5 = self.encode(self.online["encoder"], views)  # (2B, C, H, W)
-        with side:
-            weights, pairs = masks_in_views(m, boxes, flips, K, c5.shape[-1])  # (2B, K, H, W), (P, 2)
-        side.join(m, weights, pairs)
 
-        # Representation learning (Sec. 3.2, Eq. (2)): one view predicts the other, inside each mask.
-        q = self.predictor(self.online["projector"](pool_pairs(c5, weights, pairs)))  # (2P, dim)
-        with torch.no_grad():
-            c5 = self.encode(self.target["encoder"], views)
-            z = self.target["projector"](pool_pairs(c5, weights, pairs))  # (2P, dim)
-        losses = byol_loss(q, z.roll(len(pairs), 0))  # Eq. (5): both directions
-        loss, total = mean_over_pairs(losses, len(pairs))
+        losses, pairs, z = self.represent(views, m, boxes, flips, K, side, generator)
+        loss, total = mean_over_pairs(losses, pairs)
         stats = {
             "total": total,  # pairs of all ranks
-            "pairs": torch.tensor(len(pairs) / B),  # per image
+            "pairs": torch.tensor(pairs / B),  # per image
             **mask_stats(m, K, len(uniforms)),
             "spread": math.sqrt(z.shape[1]) * F.normalize(z.float(), dim=1).std(0, correction=0).mean(),  # 0: collapse
         }
         return loss, stats
 
+    def represent(self, views, m, boxes, flips, K: int, side, generator) -> tuple[Tensor, int, Tensor]:
+        """Representation learning (Sec. 3.2, Eq. (2)): one view predicts the other, inside each mask.
+
+        Arguments as of forward(); m: (B, h, w); side: the stream that m is made on. Returns the losses of both
+        directions (2P,), Eq. (5), the number of pairs P, and the projections z (2P, dim).
+        """
+        c5 = self.encode(self.online["encoder"], views)  # (2B, C, H, W)
+        with side:
+            weights, pairs = masks_in_views(m, boxes, flips, K, c5.shape[-1])  # (2B, K, H, W), (P, 2)
+        side.join(m, weights, pairs)
+        q = self.predictor(self.online["projector"](pool_pairs(c5, weights, pairs)))  # (2P, dim)
+        with torch.no_grad():
+            c5 = self.encode(self.target["encoder"], views)
+            z = self.target["projector"](pool_pairs(c5, weights, pairs))  # (2P, dim)
+        return byol_loss(q, z.roll(len(pairs), 0)), len(pairs), z
+
     def seeds(self, B: int, K: int, generator: torch.Generator | None) -> tuple[Tensor, int]:
         """K-means' random numbers for this rank's groups (G, K, T), and how many ranks share a group."""
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world = rank_and_world()
         group = min(self.kmeans_group, B * world)
         groups, ranks_per_group = max(B // group, 1), max(group // B, 1)
         if groups * group != B * ranks_per_group or world % ranks_per_group:
@@ -365,14 +406,51 @@ def byol_loss(q: Tensor, z: Tensor) -> Tensor:
     return (q - z).square().sum(-1)
 
 
+def sample_masks(weight: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """`count` masks of every image, drawn with replacement, uniformly among those of weight above 1e-3. DetCon, A.4.
+
+    weight: (B, K) of each mask in one view. Returns ids (B, count) int64, -1 where an image has no such mask.
+    """
+    device = weight.device if generator is None else generator.device
+    return masks_at(weight, torch.rand(len(weight), count, generator=generator, device=device, dtype=torch.float64))
+
+
+def masks_at(weight: Tensor, uniforms: Tensor) -> Tensor:
+    """sample_masks() with its random numbers (B, count) given."""
+    nth = (weight > 1e-3).cumsum(1)  # (B, K): 1 for an image's first such mask, 2 for its second, …
+    present = (weight > 1e-3).sum(1, keepdim=True)  # (B, 1)
+    wanted = (uniforms.to(weight.device) * present).long().clamp(max=present - 1) + 1  # (B, count)
+    return torch.where(present > 0, torch.searchsorted(nth, wanted), -1)
+
+
+def contrastive_loss(
+    q: Tensor, z_same: Tensor, z_other: Tensor, ids: Tensor, ids_same: Tensor, ids_other: Tensor, temperature=0.1
+) -> Tensor:
+    """DetCon's loss (arXiv 2103.10957), and NT-Xent with masks (A.4): -log of the softmax, over the keys of both views
+    and all ranks, of cosine / temperature at the same image and mask in the other view.
+
+    q: (P, D), rows of one view. z_same, z_other: (N, D), keys of the same view and of the other, with gradient. ids,
+    ids_same, ids_other: (P,), (N,), (N,) integer, equal if and only if image and mask are the same. Several positives
+    share a row evenly; keys of its own view and mask are left out. Returns (P,): 0 without a positive, and divided by
+    how often the row's mask was sampled in its view.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        q, z_same, z_other = (F.normalize(upcast(x), dim=-1) for x in (q, z_same, z_other))
+        own, positive = ids[:, None] == ids_same, ids[:, None] == ids_other  # (P, N)
+        least = torch.finfo(q.dtype).min
+        logits = torch.cat([q @ z_other.T / temperature, (q @ z_same.T / temperature).masked_fill(own, least)], 1)
+        log_p = logits.log_softmax(1)[:, : len(z_other)]
+    loss = -log_p.masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp(min=1)
+    return loss / own.sum(1).clamp(min=1)
+
+
 def mean_over_pairs(losses: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
     """This rank's losses -> a loss whose mean over ranks is the mean over the pairs of all ranks, and their number.
     Without pairs the loss is 0, with zero gradients."""
-    total, world = torch.full((), float(pairs), device=losses.device), 1
+    total = torch.full((), float(pairs), device=losses.device)
     if dist.is_initialized():
-        world = dist.get_world_size()
         dist.all_reduce(total)
-    return (losses.sum() if pairs else 0 * losses.sum()) * world / total.clamp(min=1), total
+    return (losses.sum() if pairs else 0 * losses.sum()) * rank_and_world()[1] / total.clamp(min=1), total
 
 
 # ---- LARS (A.1) ------------------------------------------------------------------------------------------------------
@@ -500,18 +578,26 @@ def draw_crop(rng: np.random.Generator, h: int, w: int) -> tuple[int, int, int, 
     return (h - ch) // 2, (w - cw) // 2, ch, cw
 
 
-def draw_factors(rng: np.random.Generator, view: int) -> list[float]:
+# Strength of brightness, contrast, saturation and hue jitter; probabilities of blurring and of solarizing each view:
+# of A.1, and SimCLR (arXiv 2002.05709).
+POLICIES = {
+    "byol": ((0.4, 0.4, 0.2, 0.1), (1.0, 0.1), (0.0, 0.2)),
+    "simclr": ((0.8, 0.8, 0.8, 0.2), (0.5, 0.5), (0.0, 0.0)),
+}
+
+
+def draw_factors(rng: np.random.Generator, view: int, policy: str = "byol") -> list[float]:
     """The 11 parameters of one view's color changes: the order of the four jitters (-1: none), brightness, contrast,
     saturation and hue factor, whether gray, sigma of the blur in 224ths of the view (0: none), whether solarized."""
+    strength, blur, solarize = POLICIES[policy]
     u = rng.random(13).tolist()
     order = sorted(range(4), key=u.__getitem__) if u[4] < 0.8 else [-1] * 4
-    jitter = [0.6 + 0.8 * u[5], 0.6 + 0.8 * u[6], 0.8 + 0.4 * u[7], 0.2 * u[8] - 0.1]
-    blur, solarize = ((1.0, 0.0), (0.1, 0.2))[view]
-    sigma = 0.1 + 1.9 * u[10] if u[9] < blur else 0.0
-    return [*order, *jitter, u[11] < 0.2, sigma, u[12] < solarize]
+    jitter = [center - s + 2 * s * x for center, s, x in zip((1, 1, 1, 0), strength, u[5:9], strict=True)]
+    sigma = 0.1 + 1.9 * u[10] if u[9] < blur[view] else 0.0
+    return [*order, *jitter, u[11] < 0.2, sigma, u[12] < solarize[view]]
 
 
-def draw_views(image: Tensor, size: int, rng: np.random.Generator) -> dict[str, Tensor]:
+def draw_views(image: Tensor, size: int, rng: np.random.Generator, policy: str = "byol") -> dict[str, Tensor]:
     """Two views of an image (3, h, w) uint8: views (2, S, S, 3) uint8, not yet mirrored; boxes (2, 4), xyxy in [0, 1];
     flips (2,); factors (2, 11) for augment()."""
     h, w = image.shape[1:]
@@ -522,7 +608,7 @@ def draw_views(image: Tensor, size: int, rng: np.random.Generator) -> dict[str, 
         views[v] = resize(image[:, top : top + ch, left : left + cw], size).permute(1, 2, 0)
         boxes.append([left / w, top / h, (left + cw) / w, (top + ch) / h])
         flips.append(rng.random() < 0.5)  # differs: the authors' code always mirrors
-        factors.append(draw_factors(rng, v))
+        factors.append(draw_factors(rng, v, policy))
     boxes, flips, factors = (torch.tensor(x) for x in (boxes, flips, factors))
     return {"views": views, "boxes": boxes, "flips": flips, "factors": factors}
 

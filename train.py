@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import r2o
+from r2o_baselines import Contrastive, Odin
 from runtime import cli, distributed, plan
 from runtime.checkpoint import Checkpoint, need_same
-from runtime.cli import count, natural, need, need_package, number, rate
+from runtime.cli import count, natural, need, number, rate
 from runtime.images import ImageList, list_images
 from runtime.loader import Batches, ImageRegions, copy_ahead, load_batches, network_input
 from runtime.pictures import evenly
@@ -42,7 +44,7 @@ def parse_args(argv=None):
     add("--out", default="out", help="folder for checkpoints, log and pictures; training resumes from what it holds")
     add("--regions", help="file of the region maps (default: OUT/regions.npy); name one to share it between runs")
     add("--workers", type=natural, default=distributed.cores_per_process(), help="per process; raise if a GPU waits")
-    keep = "also keep the encoder of every N-th epoch, as epoch_0100.pth (0: none)"
+    keep = "also keep the encoders of every N-th epoch, as epoch_0100.pth (0: none)"
     add("--keep-every", type=natural, default=0, metavar="N", help=keep)
     save = "also save last.pth every N steps (0: only after epochs); lower if an epoch takes hours"
     add("--save-every", type=natural, default=500, metavar="N", help=save)
@@ -52,12 +54,16 @@ def parse_args(argv=None):
     add("--dry-run", action="store_true", help="print the plan, time a few steps, write nothing")
     add = p.add_argument_group("training (A.1)").add_argument
     add("--arch", default="resnet50", choices=r2o.ARCHS, help="resnet18 for small data, tiny for 64-pixel images")
+    add(
+        "--objective", default="byol", choices=("byol", "detcon", "ntxent"), help="loss; others than byol: A.4, Table 1"
+    )
     add("--epochs", type=count, default=300, help="passes over the data; raise for small data")
     add("--batch-size", type=count, default=4096, help="images per step, over all processes; lower for small data")
     add("--accum", type=count, default=1, metavar="N", help="micro-batches per step; raise to fit the memory")
     add("--size", type=number(int, 32), default=224, help="side of the views in pixels; lower only for small images")
     add("--lr", type=rate, default=0.3, help="peak for a batch of 256 and K = --lr-k; raise for very short runs")
-    add("--lr-k", type=rate, default=16, help="the learning rate is multiplied by K / this; 0: by 1")
+    lr_k = "the learning rate is multiplied by K / this; 0: by 1 (default: 16; 0 unless --objective byol)"
+    add("--lr-k", type=rate, help=lr_k)
     add("--weight-decay", type=rate, default=1e-6, help="of weight matrices; biases and batch norm have none")
     add("--tau", type=number(float, 0, 1), default=0.99, help="initial target momentum; lower for very short runs")
     add("--hidden", type=count, default=4096, help="width of projector and predictor; lower for tiny")
@@ -66,7 +72,10 @@ def parse_args(argv=None):
     add("--compile", action="store_true", help="compile the encoders with torch.compile; --dry-run shows if it helps")
     add("--changed", action="store_true", help="allow another --lr, --lr-k, --weight-decay or --tau than before")
     add = p.add_argument_group("masks (Sec. 3.1, 3.3)").add_argument
-    add("--prior", default="slic", choices=("slic", "grid"), help="region-level prior; grid needs no image (A.7)")
+    masks = "what to train on; prior: the regions themselves (Table 4); odin: A.9, with --discovery-tau"
+    add("--masks", default="predicted", choices=("predicted", "prior", "odin"), help=masks)
+    prior = "region-level prior; grid needs no image (A.7), fh is DetCon's"
+    add("--prior", default="slic", choices=("slic", "grid", "fh"), help=prior)
     add("--segments", type=count, default=100, help="superpixels that SLIC aims for; lower for small images")
     add("--k-start", type=count, default=128, help="initial clusters; lower for small K-means groups")
     add("--k-end", type=count, default=4, help="clusters at the end; above --k-start for a rising schedule")
@@ -74,18 +83,22 @@ def parse_args(argv=None):
     add("--schedule", default="cosine", choices=("cosine", "linear", "constant"), help="how K changes (A.6, Table 9)")
     add("--kmeans-group", type=count, default=32, help="images clustered together; lower for masks of single images")
     add("--assign", default="pixel", choices=("pixel", "region"), help="what clusters own; region: sharper outlines")
+    add("--discovery-tau", type=number(float, 0, 1), help="momentum of the network that draws Odin's masks")
     args = p.parse_args(argv)
     args.hold_epochs = round(args.epochs * 40 / 300) if args.hold_epochs is None else args.hold_epochs
     args.regions = args.regions or f"{args.out}/regions.npy"
-    need(args.size % 32 == 0, f"--size {args.size} does not fit the encoder's strides: pass a multiple of 32")
-    if args.tensorboard:
-        need_package("tensorboard", "--tensorboard")
+    args.lr_k = (16 if args.objective == "byol" else 0) if args.lr_k is None else args.lr_k
+    plan.check_flags(args)
+    if args.masks == "prior":  # no K-means; K is the number of segments
+        args.kmeans_group, args.schedule = 1, "constant"
+        args.k_start = args.k_end = {"slic": args.segments, "grid": 14**2, "fh": 256}[args.prior]
     return args
 
 
 # Flags that may differ when a run resumes; the latter only with --changed.
 MAY_CHANGE = "data out regions workers keep_every save_every tensorboard prepare dry_run accum compile changed subset"
 WITH_CHANGED = "lr lr_k weight_decay tau"
+OLDER = {"masks": "predicted", "objective": "byol", "discovery_tau": None}  # of checkpoints without these flags
 
 
 # ---- Before the loop -------------------------------------------------------------------------------------------------
@@ -94,29 +107,14 @@ WITH_CHANGED = "lr lr_k weight_decay tau"
 def open_images(args) -> ImageList:
     """The images, after a check that the flags suit their number."""
     images = list_images(args.data, args.subset)
-    check_batches(args, len(images))
+    plan.check_batches(args, len(images))
     part = args.batch_size // args.accum
-    if part < min(args.kmeans_group, args.batch_size) and distributed.place()[0] == 0:
-        cli.warn(f"--accum limits K-means to the {part} images of a micro-batch")
+    if distributed.place()[0] == 0:
+        if part < min(args.kmeans_group, args.batch_size):
+            cli.warn(f"--accum limits K-means to the {part} images of a micro-batch")
+        if args.accum > 1 and args.objective != "byol":
+            cli.warn(f"--accum limits negatives to the {part} images of a micro-batch")
     return images
-
-
-def check_batches(args, images: int, num_regions: int = 256):
-    """Refuse batches that cannot work: before the region maps are computed, and again when num_regions is known."""
-    world = distributed.place()[1]
-    batch, parts = args.batch_size, world * args.accum
-    group = min(args.kmeans_group, max(min(batch, images) // args.accum, 1))
-    fits = max(images // (parts * group) * parts * group, 1)
-    need(batch <= images, f"--batch-size {batch} is larger than the data ({images} images): pass at most {fits}")
-    accum = f" in {args.accum} micro-batches" if args.accum > 1 else ""
-    need(batch % parts == 0, f"{world} processes cannot share --batch-size {batch}{accum}: pass a multiple of {parts}")
-    share, k = batch // parts, max(args.k_start, args.k_end)
-    divides = share % group == 0 or (group % share == 0 and batch // args.accum % group == 0)
-    mend = f"pass --batch-size a multiple of {parts * group}, or another --kmeans-group"
-    need(divides, f"{share} images per process do not divide into K-means groups of {group}: {mend}")
-    regions = f"the regions of one K-means ({group} images of at most {num_regions})"
-    few = k <= group * num_regions
-    need(few, f"{k} clusters are more than {regions}: lower --k-start and --k-end, or raise --batch-size")
 
 
 def read_checkpoint(args, images: ImageList) -> Checkpoint:
@@ -127,7 +125,7 @@ def read_checkpoint(args, images: ImageList) -> Checkpoint:
         same = found["names"] == images.names_hash
         need(same, f"{checkpoint.path} was trained on other images than --data {args.data}: pass another --out")
         may_change = f"{MAY_CHANGE} {WITH_CHANGED if args.changed else ''}".split()
-        need_same(checkpoint.path, found["args"], vars(args), may_change, WITH_CHANGED.split())
+        need_same(checkpoint.path, OLDER | found["args"], vars(args), may_change, WITH_CHANGED.split())
     return checkpoint
 
 
@@ -136,8 +134,9 @@ def open_data(args, images: ImageList, maps_file: str, planned: int | None = Non
     planned: how many images the flags must suit (default: those that can be read)."""
     workers = distributed.cores() if args.workers and not planned else args.workers  # each rank of a dry run maps alone
     maps, header = region_maps(images, maps_file, args.prior, args.segments, args.size // 4, workers)
-    data = ImageRegions(images, maps, header, args.size, args.seed)
-    check_batches(args, planned or len(data), data.num_regions)
+    policy = "simclr" if args.objective == "ntxent" else "byol"
+    data = ImageRegions(images, maps, header, args.size, args.seed, policy, spanning=args.masks == "odin")
+    plan.check_batches(args, planned or len(data), data.num_regions)
     return data
 
 
@@ -152,8 +151,13 @@ def build(args, num_regions: int) -> tuple[r2o.R2O, nn.Module, r2o.LARS]:
     distributed.join_process_group()
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(args.seed)
-    heads = {"hidden": args.hidden, "dim": args.dim}
-    model = r2o.R2O(args.arch, num_regions, args.kmeans_group, assign=args.assign, compile=args.compile, **heads)
+    kind, settings = r2o.R2O, {name: getattr(args, name) for name in ("assign", "hidden", "dim", "compile")}
+    if args.masks == "odin":
+        kind = partial(Odin, discovery_tau=args.discovery_tau)
+    elif args.objective != "byol":
+        kind = partial(Contrastive, objective=args.objective)
+    masks = "prior" if args.masks == "prior" else "predicted"
+    model = kind(args.arch, num_regions, args.kmeans_group, masks=masks, **settings)
     model = distributed.to_device(model).to(memory_format=torch.channels_last)
     optimizer = r2o.LARS([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=args.weight_decay)
     several = distributed.place()[1] > 1
@@ -215,10 +219,15 @@ def update(model: r2o.R2O, optimizer: r2o.LARS, lr: float, tau: float):
     model.update_target(tau)
 
 
-def export(path: Path, model: r2o.R2O, args, epoch: int) -> bool:
-    """Write the online encoder under torchvision's names, with plain-typed metadata. False if the disk is full."""
-    weights = {name: x.cpu().contiguous() for name, x in model.online["encoder"].state_dict().items()}
-    file = {"arch": args.arch, "epoch": epoch, "args": vars(args), "state_dict": weights}
+def export(path: Path, model: r2o.R2O, args, epoch: int, target: bool = False) -> bool:
+    """Write the online encoder under torchvision's names, with plain-typed metadata, and the target's as `target`, if
+    asked for. False if the disk is full."""
+
+    def weights(net):
+        return {name: x.cpu().contiguous() for name, x in net["encoder"].state_dict().items()}
+
+    file = {"arch": args.arch, "epoch": epoch, "args": vars(args), "state_dict": weights(model.online)}
+    file |= {"target": weights(model.target)} if target else {}
     return save_or_warn(path, lambda f: torch.save(file, f))
 
 
@@ -262,7 +271,7 @@ def train(args, signals: distributed.StopSignals) -> int:
             record = {"epoch": epoch, "K": k, "lr": lr, "tau": tau} | progress.close_epoch(args.batch_size)
             report.epoch(record, model, args.seed)  # health line, log.jsonl, strip.png
             if rank == 0 and args.keep_every and epoch % args.keep_every == 0:
-                export(out / f"epoch_{epoch:04}.pth", model, args, epoch)
+                export(out / f"epoch_{epoch:04}.pth", model, args, epoch, target=True)
         last = progress.step == schedule.steps
         if stop or last or not progress.skipped_in_a_row:  # within a streak, keep the checkpoint before it
             checkpoint.save(required=stop, epoch=epoch, masks=report.masks, **progress.state_dict())
@@ -310,7 +319,7 @@ def dry_run(args) -> int:
         data = open_data(args, sample, f"{folder}/regions.npy", len(images))
         seconds = (time.perf_counter() - began) * max(args.workers, 1) / len(sample)
         if rank == 0:
-            group = min(args.kmeans_group, args.batch_size // args.accum)
+            group = min(args.kmeans_group, args.batch_size // args.accum) if args.masks != "prior" else 0
             plan.print_plan(schedule, len(images), world, args.accum, group)
             plan.print_maps_plan(Path(args.regions), len(images), args.size // 4, seconds)
         model, ddp, optimizer = build(args, data.num_regions)

@@ -37,6 +37,8 @@ def parse_args(argv):
     p.add_argument("--group", type=count, default=32, help="images clustered together")
     p.add_argument("--segments", type=count, default=100, help="superpixels that SLIC aims for")
     p.add_argument("--size", type=number(int, 32), default=224, help="images are resized to this side")
+    network = "whose masks; target: those that training uses (last.pth, or epoch_*.pth of --keep-every)"
+    p.add_argument("--network", default="online", choices=("online", "target"), help=network)
     p.add_argument("--min-area", type=count, default=1, help="smallest object that counts, in pixels")
     p.add_argument("--workers", type=natural, default=distributed.cores_per_process(), help="that read images")
     p.add_argument("--json", default="eval_abo.json", help="file for the results")
@@ -156,7 +158,7 @@ def evaluate(args) -> int:
     need_writable(args.json, args.plot)
     truth, device = open_truth(args), distributed.place()[2]
     some = [pickle.loads(truth.rows[i])[0] for i in range(min(256, len(truth)))]
-    tested = open_checkpoints(args.ckpt, args.arch, some, args.size, device)
+    tested = open_checkpoints(args.ckpt, args.arch, some, args.size, device, args.network)
     fixed = args.k or ([128, 64, 16, 4] if len(tested) == 1 else [4])
     ks = [sorted({*fixed, *([one.k] if one.k else [])}, reverse=True) for one in tested]
     scores, total = measure(tested, ks, truth, args, device)
@@ -174,7 +176,7 @@ def evaluate(args) -> int:
         {"masks": name, "K": k, "assign": assign, "epoch": epochs.get(name), "average best overlap": score}
         for (name, k, assign), score in scores.items()
     ]
-    protocol = {name: getattr(args, name) for name in ("size", "segments", "group", "min_area")}
+    protocol = {name: getattr(args, name) for name in ("network", "size", "segments", "group", "min_area")}
     about = {"data": [str(d) for d in args.data], "images": len(truth), "objects": total, "protocol": protocol}
     write_json(args.json, about | {"encoders": {one.path: one.line for one in tested}, "rows": rows})
     if args.plot:

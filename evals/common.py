@@ -25,9 +25,9 @@ def add_encoder_flags(p: Parser):
     p.add_argument("--arch", choices=r2o.ARCHS, help="encoder for --ckpt random (default: resnet50); files name theirs")
 
 
-def calibrated_encoder(ckpt: str, arch: str | None, batches, device: torch.device) -> tuple[nn.Module, str]:
+def calibrated_encoder(ckpt: str, arch, batches, device, network: str = "online") -> tuple[nn.Module, str]:
     """--ckpt's encoder on `device`, and a line about it. batches: of normalized images, to calibrate a random one."""
-    encoder, line = load_encoder(ckpt, arch)
+    encoder, line = load_encoder(ckpt, arch, network)
     encoder = encoder.to(device)
     if ckpt == "random":
         line += ", batch norm statistics measured on these images"
@@ -66,20 +66,21 @@ class Tested:
     line: str  # describes it
 
 
-def open_checkpoints(ckpt: str, arch: str | None, images: list, size: int, device: torch.device) -> list[Tested]:
-    """A checkpoint, or all epoch_*.pth and r2o.pth in a folder, one per epoch. images: files, for calibrate()."""
-    paths = [ckpt]
+def open_checkpoints(ckpt: str, arch, images: list, size: int, device, network: str = "online") -> list[Tested]:
+    """A checkpoint, or all epoch_*.pth and r2o.pth (last.pth for the target) in a folder, one per epoch. images: files,
+    for calibrate(). network: "online" or "target"."""
+    paths, last = [ckpt], "r2o.pth" if network == "online" else "last.pth"
     if Path(ckpt).is_dir():
-        paths = [str(p) for p in [*sorted(Path(ckpt).glob("epoch_*.pth")), Path(ckpt, "r2o.pth")] if p.exists()]
-        need(paths, f"no epoch_*.pth or r2o.pth in {ckpt}: train with --keep-every 10, say")
+        paths = [str(p) for p in [*sorted(Path(ckpt).glob("epoch_*.pth")), Path(ckpt, last)] if p.exists()]
+        need(paths, f"no epoch_*.pth or {last} in {ckpt}: train with --keep-every 10, say")
     found = {}
     for path in paths:
-        file = {} if path == "random" else read_weights(path, arch)
+        file = {} if path == "random" else read_weights(path, arch, network)
         epoch, args, k = file.get("epoch"), file.get("args"), None
-        if epoch is not None and "k_start" in args:
+        if epoch is not None and "k_start" in args and args.get("masks") != "prior":
             names = ("epochs", "k_start", "k_end", "hold_epochs", "schedule")
             k = r2o.num_clusters(epoch, *(args[name] for name in names))
-        encoder, line = calibrated_encoder(path, arch, square_batches(images, size), device)
+        encoder, line = calibrated_encoder(path, arch, square_batches(images, size), device, network)
         print(f"{line}; ops: {r2o.extension(device)}", flush=True)
         found[epoch if len(paths) > 1 else path] = Tested(path, epoch, k, encoder, line)
     return sorted(found.values(), key=lambda one: one.epoch or 0)

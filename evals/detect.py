@@ -9,57 +9,111 @@ their longer side has 0.8 to 1.25 times 1024 pixels, and cropped or padded to 10
 """
 
 import contextlib
-import functools
 import io
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
-from torchvision.ops import box_convert
+from torchvision.ops import MultiScaleRoIAlign, box_convert
 
 import r2o
 from evals import finetune
 from evals.truth import decode, load_coco, readable
+from r2o_vit import WIDTH, ViT, layer_of, set_drop_path
 from runtime import cli, distributed
 from runtime.cli import natural, need, number
 from runtime.images import PackedList, read_image
 from runtime.storage import write_json
 
 EPOCHS = {"1x": 12, "2x": 24}
-PAPER = {"1x": "Table 1: box AP 41.7, mask AP 38.3", "2x": "Table 1: box AP 43.0, mask AP 39.3"}
+PAPER = {
+    "1x": "Table 1: box AP 41.7, mask AP 38.3 (± 0.02, 0.07, Table 6)",
+    "2x": "Table 1: box AP 43.0, mask AP 39.3",
+    "vit_b": "Table 8: box AP 40.5, mask AP 36.6; MAE 34.8, 31.7",
+}
 
 
 def parse_args(argv):
     p = cli.Parser(__doc__)
     p.add_argument("--data", required=True, type=Path, help="folder of train2017, val2017 and annotations")
-    finetune.add_flags(p, out="detect", batch_size=64, weight_decay=4e-5, epochs=None, lr=[0.1], seeds=[0])
+    finetune.add_flags(p, out="detect", batch_size=32, weight_decay=None, epochs=None, lr=None, seeds=[0, 1, 2])
     p.add_argument("--schedule", default="1x", choices=EPOCHS, help="12 or 24 epochs, unless --epochs is given")
-    p.add_argument("--warmup", type=natural, default=500, help="steps in which the learning rate rises")
+    p.add_argument("--warmup", type=natural, default=1000, help="steps in which the learning rate rises")
     p.add_argument("--size", type=number(int, 32), default=1024, help="longer side of the images")
     p.add_argument("--split", default="train2017", help="split to train on")
     p.add_argument("--val-split", default="val2017", help="split to evaluate on")
     args = p.parse_args(argv)
     need(args.size % 32 == 0, f"--size must be a multiple of 32, got {args.size}")
-    args.epochs = EPOCHS[args.schedule] if args.epochs is None else args.epochs
     return args
 
 
-def mask_rcnn(encoder: nn.Module, classes: int, size: int) -> MaskRCNN:
-    """torchvision's, with trained batch norm in backbone, FPN and mask head; the box head is two fully connected
-    layers, as in the authors' config. classes: without the background."""
+class SimpleFPN(nn.Module):
+    """Four levels and a fifth, of 256 channels, from the last map of a ViT (ViTDet, arXiv 2203.16527)."""
+
+    out_channels = 256
+
+    def __init__(self, vit: ViT):
+        super().__init__()
+        vit.layer3 = vit.layer4 = nn.Identity()  # C4 and C5 are not used: DDP allows no idle weights
+        self.body = vit
+        norm, up = LayerNorm2d, partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
+        w = WIDTH
+        quarter = nn.Sequential(up(w, w // 2), norm(w // 2, 1e-6), nn.GELU(), up(w // 2, w // 4))
+        levels = (quarter, w // 4), (up(w, w // 2), w // 2), (nn.Identity(), w), (nn.MaxPool2d(2), w)
+        self.fpn = nn.ModuleList(
+            nn.Sequential(
+                level,
+                *(nn.Conv2d(width, 256, 1, bias=False), norm(256, 1e-6)),
+                *(nn.Conv2d(256, 256, 3, padding=1, bias=False), norm(256, 1e-6)),
+            )
+            for level, width in levels
+        )
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.body.last_map(x)
+        levels = {str(i): level(x) for i, level in enumerate(self.fpn)}
+        return levels | {"pool": F.max_pool2d(levels["3"], 1, 2)}
+
+
+def feature_pyramid(encoder: nn.Module) -> nn.Module:
+    if isinstance(encoder, ViT):
+        set_drop_path(encoder, 0.2)
+        return SimpleFPN(encoder)
     widths = [r2o.channels(getattr(encoder, f"layer{i}")) for i in (1, 2, 3, 4)]
     levels = {f"layer{i + 1}": str(i) for i in range(4)}
-    backbone = BackboneWithFPN(encoder, levels, widths, 256, norm_layer=nn.BatchNorm2d)
+    return BackboneWithFPN(encoder, levels, widths, 256, norm_layer=nn.BatchNorm2d)
+
+
+def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW for a ViT, its learning rate falling by 0.75 from layer to layer (A.5). Vectors are not decayed."""
+    groups = {}
+    for name, p in model.named_parameters():
+        inside = name.removeprefix("backbone.body.")
+        scale = 0.75 ** (13 - layer_of(inside)) if inside != name else 1.0
+        groups.setdefault((scale, p.ndim > 1), []).append(p)
+    rows = [{"params": ps, "scale": s, "weight_decay": weight_decay * d} for (s, d), ps in groups.items()]
+    return torch.optim.AdamW(rows, lr=lr)
+
+
+def mask_rcnn(encoder: nn.Module, classes: int, size: int) -> MaskRCNN:
+    """torchvision's, with trained batch norm in backbone, FPN and mask head, and Detectron2's settings where it has
+    them; the box head is two fully connected layers, as in the authors' config. classes: without the background."""
     head = MaskRCNNHeads(256, (256,) * 4, 1, norm_layer=nn.BatchNorm2d)
-    net = MaskRCNN(backbone, classes + 1, min_size=size, max_size=size, size_divisible=size, mask_head=head)
+    pools = [MultiScaleRoIAlign(["0", "1", "2", "3"], side, sampling_ratio=0) for side in (7, 14)]  # 0: adaptive
+    settings = {"box_roi_pool": pools[0], "mask_roi_pool": pools[1], "rpn_post_nms_top_n_train": 1000}
+    sides = {"min_size": size, "max_size": size, "size_divisible": size}
+    net = MaskRCNN(feature_pyramid(encoder), classes + 1, mask_head=head, **settings, **sides)
     # torchvision's RoIAlign infers each level's scale from the first image it sees, before padding, and keeps it; for a
     # flat image that is wrong by a factor of 2. So show it a square one first.
     with torch.no_grad():
@@ -197,7 +251,10 @@ def train_and_measure(run: finetune.Run, data: Objects, val: Objects) -> tuple[d
     torch.manual_seed(run.seed)
     model = distributed.to_device(mask_rcnn(encoder, len(val.categories), args.size))
     data.seed = run.seed
-    finetune.fit(run, model, fingerprint, data, detection_loss, (2 / 3, 8 / 9), args.warmup, collate=list)
+    vit = encoder.arch == "vit_b"
+    drops, optimizer_of = ((9 / 12, 11 / 12), adamw) if vit else ((2 / 3, 8 / 9), finetune.sgd)  # A.5, A.2
+    finetune.fit(run, model, fingerprint, data, detection_loss, drops, args.warmup, list, optimizer_of=optimizer_of)
+    model.transform.size_divisible = 32  # evaluation resizes, and pads no further than the strides need
     found = find_objects(model, val, args.workers)
     if distributed.place()[0] > 0:
         return {}, line
@@ -217,11 +274,15 @@ def detect(args) -> int:
     val = Objects(args.data, args.val_split, args.size, trains=False)
     same = val.categories == data.categories
     need(same, f"{args.split} and {args.val_split} of {args.data} list different categories: correct one of them")
+    vit = finetune.arch_of(args) == "vit_b"
+    rates = ([3e-4], [3e-4]) if vit else ([0.1], [0.003, 0.1, 0.3])
+    finetune.recipe(args, *rates, epochs=EPOCHS[args.schedule])
+    args.weight_decay = (0.1 if vit else 4e-5) if args.weight_decay is None else args.weight_decay
     task = f"COCO {args.val_split}, {len(val)} images, Mask R-CNN" + (f", {args.epochs} epochs" if args.epochs else "")
     settings = {"size": args.size, "split": args.split, "warmup": args.warmup}
     more = {"images": len(val), "epochs": args.epochs, "val split": args.val_split} | settings
-    measured = functools.partial(train_and_measure, data=data, val=val)
-    return finetune.sweep(args, settings, measured, task, PAPER[args.schedule], more)
+    measured = partial(train_and_measure, data=data, val=val)
+    return finetune.sweep(args, settings, measured, task, PAPER["vit_b" if vit else args.schedule], more)
 
 
 def main(argv=None):

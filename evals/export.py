@@ -24,14 +24,15 @@ def export(args) -> int:
         need_package("safetensors", f"--out {out}")
     need(out.absolute().parent.is_dir() and not out.is_dir(), f"cannot write {out}: no such folder")
     file = read_weights(args.ckpt)
-    known = file["arch"] != "tiny" or args.to in ("r2o", "torchvision")
-    need(known, f"{args.ckpt} holds the encoder tiny, which {args.to} lacks: pass --to r2o or torchvision")
+    layouts = {"tiny": ["r2o", "torchvision"], "vit_b": ["r2o", "torchvision", "timm"]}.get(file["arch"], LAYOUTS)
+    arch, others = file["arch"], " or ".join(layouts)
+    need(args.to in layouts, f"{args.ckpt} holds the encoder {arch}, which {args.to} lacks: pass --to {others}")
     try:
         write_weights(file, args.to, out)
     except OSError as e:
         raise UsageError(f"cannot write {out} ({e.strerror or e})") from None
     back = read_weights(out)["state_dict"]
-    same = all(torch.equal(x, back[name]) for name, x in file["state_dict"].items())
+    same = all(torch.equal(x, file["state_dict"][name]) for name, x in back.items())
     need(same, f"{out} does not read back as it was written: is the disk sound?")
     print(f"{out}: {len(back)} tensors of a {file['arch']} in {args.to}'s layout, read back and equal")
     return 0

@@ -26,7 +26,7 @@ from runtime.cli import Parser, UsageError, count, natural, need, number, rate
 from runtime.loader import Batches, load_batches
 from runtime.pictures import film_strip, paint, resize_labels
 from runtime.storage import lock_output, make_folder, save_or_warn, write_json
-from runtime.weights import load_encoder
+from runtime.weights import load_encoder, read_weights
 
 
 class Stopped(Exception):
@@ -48,14 +48,18 @@ class Run:
     settings: dict
 
 
-def add_flags(p: Parser, out: str, epochs: int | None, batch_size: int, lr, weight_decay: float, seeds: list):
+def add_flags(p: Parser, out: str, epochs: int | None, batch_size: int, lr, weight_decay: float | None, seeds: list):
     """The flags of a sweep. A default of None: the data set's recipe decides."""
     add_encoder_flags(p)
     add = p.add_argument
     add("--out", default=out, help="folder for the runs, which resume from what it holds, and results.json")
     add("--epochs", type=natural, default=epochs, help="passes over the training images; 0: evaluate only")
+    add("--steps", type=count, help="optimizer steps, instead of --epochs")
     add("--batch-size", type=count, default=batch_size, help="images per step, over all processes")
-    add("--lr", type=number(float, 0, above=True), default=lr, nargs="+", help="learning rates, one run each")
+    rates = "learning rates, one run each, or the word paper: those that A.2 sweeps"
+    add(
+        "--lr", type=lambda x: x if x == "paper" else number(float, 0, above=True)(x), nargs="+", default=lr, help=rates
+    )
     add("--seeds", type=natural, default=seeds, nargs="+", help="seeds, one run each")
     add("--weight-decay", type=rate, default=weight_decay, help="for all weights")
     add("--workers", type=natural, default=distributed.cores_per_process(), help="per process")
@@ -72,7 +76,7 @@ def resume(run: Run, checkpoint: Checkpoint, images: int, fingerprint: str, mode
     """Load what the run's folder holds, if anything, on all ranks. Returns the steps it has done. Raises UsageError
     if it was trained on other images, from other weights, or with other settings."""
     args = run.args
-    flags = {name: getattr(args, name) for name in ("epochs", "batch_size", "weight_decay")}
+    flags = {name: getattr(args, name) for name in ("epochs", "steps", "batch_size", "weight_decay")}
     settings = run.settings | flags | {"images": images, "lr": run.lr, "encoder": fingerprint, "seed": run.seed}
     if found := checkpoint.read("settings step model optimizer"):
         then, path = found["settings"], checkpoint.path
@@ -80,22 +84,38 @@ def resume(run: Run, checkpoint: Checkpoint, images: int, fingerprint: str, mode
         need(same, f"{path} was trained from other weights than --ckpt now holds: pass another --out")
         same = then.get("images") == images
         need(same, f"{path} was trained on {then.get('images')} images, not {images}: pass another --out")
-        need_same(path, then, settings, may_change=("epochs",) if args.epochs == 0 else ())
+        need_same(path, then, settings, may_change=("epochs", "steps") if args.epochs == 0 else ())
     last = checkpoint.restore({"settings": settings}, model, optimizer)
     return last["step"] if last else 0
 
 
-def fit(run: Run, model: nn.Module, fingerprint: str, data: Dataset, loss_of, drops, warmup: int = 0, collate=None):
+def recipe(args, lr: list[float], sweep: list[float], epochs: int | None = None, steps: int | None = None):
+    """Fill in a data set's defaults. sweep: what --lr paper stands for."""
+    need(args.epochs is None or args.steps is None, "--epochs and --steps are two ways to say how long: pass one")
+    if args.epochs is None and args.steps is None:
+        args.epochs, args.steps = epochs, steps
+    args.lr = lr if args.lr is None else sweep if args.lr == ["paper"] else args.lr
+    need("paper" not in args.lr, "--lr paper stands for all learning rates of A.2: pass no others beside it")
+
+
+def sgd(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=weight_decay)
+
+
+def fit(
+    run: Run, model, fingerprint: str, data: Dataset, loss_of, drops, warmup: int = 0, collate=None, optimizer_of=sgd
+):
     """Train the model, on its device, from what the run's folder holds to the end; --epochs 0 only loads it.
 
     fingerprint: of the encoder it starts from. data: indexed by (epoch, i), with all randomness of a sample following
     from these and the seed, so that an interrupted run ends as an uninterrupted one. loss_of(model, batch): the mean
-    loss of what `collate` made of samples. drops, warmup: of learning_rate(). Raises Stopped, Diverged, UsageError.
+    loss of what `collate` made of samples. drops, warmup: of learning_rate(). optimizer_of(model, lr, weight_decay) may
+    give its groups a `scale` of the learning rate. Raises Stopped, Diverged, UsageError.
     """
     (rank, world, device), args = distributed.place(), run.args
     make_folder(run.out)
     checkpoint = Checkpoint(run.out)
-    optimizer = torch.optim.SGD(model.parameters(), lr=run.lr, momentum=0.9, weight_decay=args.weight_decay)
+    optimizer = optimizer_of(model, run.lr, args.weight_decay)
     first = resume(run, checkpoint, len(data), fingerprint, model, optimizer)
     if args.epochs == 0:
         need(first, f"--epochs 0 evaluates a trained run, but there is no {checkpoint.path}: pass its --out")
@@ -103,7 +123,7 @@ def fit(run: Run, model: nn.Module, fingerprint: str, data: Dataset, loss_of, dr
     batch = args.batch_size
     need(batch <= len(data), f"--batch-size {batch} is larger than the data ({len(data)} images): pass less")
     need(batch % world == 0, f"{world} processes cannot share --batch-size {batch}: pass a multiple of {world}")
-    steps = args.epochs * (len(data) // batch)
+    steps = args.steps or args.epochs * (len(data) // batch)
     if rank == 0 and 0 < first < steps:
         print(f"{run.out}: resuming after step {first} of {steps}", flush=True)
     ddp = DistributedDataParallel(model) if world > 1 else model
@@ -115,7 +135,7 @@ def fit(run: Run, model: nn.Module, fingerprint: str, data: Dataset, loss_of, dr
         for step, samples in enumerate(loader, first):
             lr = learning_rate(step, steps, run.lr, warmup, drops)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("scale", 1)
             torch.manual_seed((run.seed << 32) + step * world + rank)  # Mask R-CNN samples proposals
             loss = loss_of(ddp, samples)
             optimizer.zero_grad()
@@ -132,6 +152,11 @@ def fit(run: Run, model: nn.Module, fingerprint: str, data: Dataset, loss_of, dr
                 raise Stopped(f"stop requested: saved after step {step + 1}; rerun the same command to resume")
     for x in model.buffers() if world > 1 else []:  # without SyncBatchNorm every rank has its own statistics
         dist.broadcast(x, 0)
+
+
+def arch_of(args) -> str:
+    """What --ckpt holds."""
+    return args.arch or "resnet50" if args.ckpt == "random" else read_weights(args.ckpt, args.arch)["arch"]
 
 
 def training_encoder(args) -> tuple[nn.Module, str, str]:

@@ -91,7 +91,7 @@ def list_images(folder: str | Path, subset: str | Path | None = None, train: boo
         problem = f"not a folder: {folder}" if root.exists() else f"no such folder: {folder}"
         raise UsageError(f"{problem}; expected a folder of images, flat or nested")
     root = root / "train" if train and (root / "train").is_dir() else root
-    wanted = _read_subset(subset) if subset else None
+    wanted = read_subset(subset) if subset else None
     found = set()  # of wanted
     images = ImageList(root, _scan(os.fsencode(root), b"", set(), wanted, found, wanted is None))
     if wanted and (missing := sorted(wanted - found)):
@@ -101,7 +101,8 @@ def list_images(folder: str | Path, subset: str | Path | None = None, train: boo
     return images
 
 
-def _read_subset(path) -> set[bytes]:
+def read_subset(path: str | Path) -> set[bytes]:
+    """The lines of a --subset file. Raises UsageError if there are none."""
     try:
         lines = {line.strip().rstrip(b"/") for line in Path(path).read_bytes().splitlines()} - {b""}
     except OSError as e:

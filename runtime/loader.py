@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import r2o
+from r2o_baselines import spanning_crop
 from runtime import distributed
 from runtime.cli import UsageError, printable
 from runtime.images import ImageList, read_image
@@ -18,12 +19,14 @@ class ImageRegions(Dataset):
     """Images with their region maps, indexed by (epoch, i). All randomness of a sample follows from (seed, epoch, i),
     so it depends on no worker, rank or interruption, and no two samples share any.
 
-    maps, header: of region_maps(); images that were unreadable then are left out. size: side of a view. A sample is a
-    dict: image (S, S, 3) uint8, regions (h, w), draw_views()'s entries, and unreadable: whether another replaces it.
+    maps, header: of region_maps(); images that were unreadable then are left out. size: side of a view. policy: of
+    draw_views(). spanning: the image and its boxes are cropped to both views, as Odin wants. A sample is a dict: image
+    (S, S, 3) uint8, regions (h, w), draw_views()'s entries, and unreadable: whether another replaces it.
     """
 
-    def __init__(self, images: ImageList, maps: np.ndarray, header: dict, size: int = 224, seed: int = 0):
+    def __init__(self, images: ImageList, maps, header: dict, size=224, seed=0, policy="byol", spanning=False):
         self.images, self.maps, self.size, self.seed = images, maps, size, seed
+        self.policy, self.spanning = policy, spanning
         self.num_regions, self.unreadable = header["num_regions"], len(header["unreadable"])
         self.keep = np.delete(np.arange(len(images)), [i for i, _ in header["unreadable"]])
 
@@ -52,11 +55,14 @@ class ImageRegions(Dataset):
         else:
             raise UsageError(f"{path} and the 9 images before it can no longer be read: is the disk still there?")
         rng = np.random.default_rng([self.seed, epoch, int(self.keep[index])])
+        views = r2o.draw_views(image, self.size, rng, self.policy)
+        if self.spanning:
+            image, views["boxes"] = spanning_crop(image, views["boxes"])
         return {
             "image": r2o.resize(image, self.size).permute(1, 2, 0),
             "regions": torch.from_numpy(np.array(self.maps[i])),
             "unreadable": torch.tensor(later > 0),
-            **r2o.draw_views(image, self.size, rng),
+            **views,
         }
 
 

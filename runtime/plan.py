@@ -1,4 +1,4 @@
-"""What a run will do and need: its schedule, its region maps, its memory."""
+"""What a run will do and need: whether its flags suit each other and the data, its schedule, region maps, memory."""
 
 import functools
 import os
@@ -9,20 +9,61 @@ from tqdm import tqdm
 
 import r2o
 from runtime import distributed
-from runtime.cli import need
+from runtime.cli import need, need_package
 
 duration = tqdm.format_interval  # of seconds, H:MM:SS
 size_of = functools.partial(tqdm.format_sizeof, suffix="B")
 
 
+def check_flags(args):
+    """Refuse flags that do not go together, whatever the data."""
+    need(args.size % 32 == 0, f"--size {args.size} does not fit the encoder's strides: pass a multiple of 32")
+    cells = f"--arch vit_b makes {args.size // 16} x {args.size // 16} cells of --size {args.size}, too few for masks"
+    need(args.arch != "vit_b" or args.size >= 128, f"{cells}: pass --size 128 or more, or --arch tiny")
+    if args.masks == "prior":
+        k = "--masks prior --prior fh has no fixed K to multiply the learning rate by: pass --lr-k 0"
+        need(args.prior != "fh" or args.lr_k == 0, k)
+        need(args.assign == "pixel", "--masks prior has no clusters to assign: leave --assign out")
+    elif args.objective != "byol":
+        fewest = args.k_start if args.schedule == "constant" else min(args.k_start, args.k_end)
+        need(fewest > 1, f"--objective {args.objective} tells masks apart, but K falls to 1: pass 2 or more clusters")
+    if args.masks == "odin":
+        need(args.objective == "detcon", "--masks odin goes with DetCon's loss: pass --objective detcon")
+        alone = "--masks odin clusters the cells of single images: pass --prior grid --kmeans-group 1"
+        need(args.prior == "grid" and args.kmeans_group == 1, alone)
+        momentum = "--masks odin needs the momentum of its second network: pass --discovery-tau 0.99, say"
+        need(args.discovery_tau is not None, momentum)
+    else:
+        need(args.discovery_tau is None, "--discovery-tau is only for --masks odin: leave it out")
+    if args.tensorboard:
+        need_package("tensorboard", "--tensorboard")
+
+
+def check_batches(args, images: int, num_regions: int = 256):
+    """Refuse batches that cannot work: before the region maps are computed, and again when num_regions is known."""
+    world = distributed.place()[1]
+    batch, parts = args.batch_size, world * args.accum
+    group = min(args.kmeans_group, max(min(batch, images) // args.accum, 1))
+    fits = max(images // (parts * group) * parts * group, 1)
+    need(batch <= images, f"--batch-size {batch} is larger than the data ({images} images): pass at most {fits}")
+    accum = f" in {args.accum} micro-batches" if args.accum > 1 else ""
+    need(batch % parts == 0, f"{world} processes cannot share --batch-size {batch}{accum}: pass a multiple of {parts}")
+    share, k = batch // parts, max(args.k_start, args.k_end)
+    divides = share % group == 0 or (group % share == 0 and batch // args.accum % group == 0)
+    mend = f"pass --batch-size a multiple of {parts * group}, or another --kmeans-group"
+    need(divides, f"{share} images per process do not divide into K-means groups of {group}: {mend}")
+    regions = f"the regions of one K-means ({group} images of at most {num_regions})"
+    few = args.masks == "prior" or k <= group * num_regions
+    need(few, f"{k} clusters are more than {regions}: lower --k-start and --k-end, or raise --batch-size")
+
+
 def print_plan(schedule: r2o.Schedule, images: int, world: int, accum: int, group: int):
-    """Steps, batches, and the schedule at its milestones. group: images clustered together."""
+    """Steps, batches, and the schedule at its milestones. group: images clustered together; 0: no K-means."""
     batch, epochs = schedule.batch_size, schedule.epochs
     print(f"{images:,} images: {epochs} epochs of {schedule.steps_per_epoch:,} steps, {schedule.steps:,} in all")
-    print(
-        f"batches of {batch}: {world} process(es) x {accum} micro-batch(es) x {batch // world // accum} images, "
-        f"{batch // group} K-means of {group} images per step"
-    )
+    clusters = f"{batch // group} K-means of {group} images per step" if group else "no K-means"
+    parts = f"{world} process(es) x {accum} micro-batch(es) x {batch // world // accum} images"
+    print(f"batches of {batch}: {parts}, {clusters}")
     print("epoch    K  learning rate      tau   (at its end)")
     milestones = {1, round(epochs / 100), schedule.hold_epochs, *(round(epochs * i / 3) for i in (1, 2, 3))}
     for epoch in sorted(e for e in milestones if 1 <= e <= epochs):

@@ -35,7 +35,7 @@ def region_maps(
     need(path.suffix == ".npy" and not path.is_dir(), f"the region maps' file must end in .npy, got {path}")
     made_from = {
         "prior": prior,
-        "num_segments": num_segments if prior == "slic" else 196,
+        "num_segments": {"slic": num_segments, "grid": 196, "fh": "scale 1000, at least 1000 pixels"}[prior],
         "size": size,
         "images": len(images),
         "scikit-image": importlib.metadata.version("scikit-image"),
@@ -137,6 +137,8 @@ class _Priors(Dataset):
             return torch.zeros(self.size, self.size, dtype=torch.uint8), printable(f"{path} ({e})")
         if self.prior == "grid":
             return r2o.grid_regions(size=self.size), ""
+        if self.prior == "fh":
+            return r2o.fh_regions(image, self.size), ""
         return slic_prior(path, image, self.num_segments, self.size), ""
 
 

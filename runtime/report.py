@@ -125,7 +125,7 @@ class Report:
         device = next(model.parameters()).device
         images, regions = self.preview["image"].movedim(-1, 1), self.preview["regions"]  # (n, 3, S, S), (n, h, w)
         uniforms = r2o.seeding_uniforms(1, k, torch.Generator().manual_seed(seed)).to(device)
-        encoder = model.online["encoder"].eval()
+        encoder = model.target["encoder"].eval()  # as in training, but with batch norm's running statistics
         rows = evenly(len(images), 8)
         m = model.predict_masks(encoder, r2o.normalize(images.to(device)), regions.to(device), k, uniforms).cpu()[rows]
         encoder.train()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import r2o
+import r2o_vit
 from runtime.checkpoint import load_file
 from runtime.cli import UsageError, need, need_package
 from runtime.storage import save_atomically
@@ -21,44 +22,58 @@ LAYOUTS = {
     "mmseg": [".pth"],
     "detectron2": [".pkl", ".pth"],
 }
-# What precedes an encoder's names in a file that holds more, likelier ones first: ours, the authors', detectors'.
-PREFIXES = *"online.encoder. online_network.encoder. encoder. backbone.bottom_up. bottom_up. backbone.".split(), ""
+# What precedes an encoder's names in a file that holds more, likelier ones first: ours, the authors', MoCo v2's,
+# detectors'; and those of the target network.
+PREFIXES = (
+    *"online.encoder. online_network.encoder. encoder_q. encoder. backbone.bottom_up. bottom_up. backbone.".split(),
+    "",
+)
+TARGET_PREFIXES = "target.encoder.", "target_network.encoder."
+APPENDED = "layer3.", "layer4."  # the layers that vit_b has and other ViTs lack
 CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}  # of nn.Sequential
 COUNTER = "num_batches_tracked"  # of batch norm; torchvision's older files lack it, and nothing here reads it
 
 
-def load_encoder(ckpt: str | Path, arch: str | None = None) -> tuple[nn.Module, str]:
+def load_encoder(ckpt: str | Path, arch: str | None = None, network: str = "online") -> tuple[nn.Module, str]:
     """An encoder in eval mode, and a line that describes it.
 
     ckpt: a file that read_weights() reads, or "random". arch: what it holds, which files tell; of "random", resnet50 by
-    default. Raises UsageError for what read_weights() refuses.
+    default. network: "online" or "target". Raises UsageError for what read_weights() refuses.
     """
     if str(ckpt) == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return r2o.build_encoder(arch or "resnet50").eval(), f"{arch or 'resnet50'}, randomly initialized"
-    file = read_weights(ckpt, arch)
-    net = r2o.build_encoder(file["arch"])
+    file = read_weights(ckpt, arch, network)
+    appended = file["arch"] != "vit_b" or any(name.startswith(APPENDED) for name in file["state_dict"])
+    net = r2o.build_encoder(file["arch"]) if appended else r2o_vit.ViT(appended=False)
+    net.arch = file["arch"]
     net.load_state_dict(file["state_dict"])
-    return net.eval(), f"{file['arch']} from {ckpt}: {file['matched']}"
+    return net.eval(), f"{file['arch']} from {ckpt}{', target network' * (network == 'target')}: {file['matched']}"
 
 
-def read_weights(path: str | Path, arch: str | None = None) -> dict:
+def read_weights(path: str | Path, arch: str | None = None, network: str = "online") -> dict:
     """The encoder in a checkpoint of any layout: arch, epoch, args, matched (a phrase), torchvision's state_dict.
 
-    path: r2o.pth, last.pth (its online encoder), the authors' files, or weights of torchvision, timm, MMSegmentation or
-    Detectron2, as .pth, .safetensors or .pkl. arch: which encoder it must be; by default the file's entry or tensors
-    decide. Raises UsageError unless the encoder's tensors are exactly those of one of ARCHS, apart from a classifier.
+    path: r2o.pth, last.pth, the authors' files, or weights of torchvision, timm, MMSegmentation or Detectron2, as .pth,
+    .safetensors or .pkl. arch: which encoder it must be; by default the file's entry or tensors decide. network: of
+    last.pth, epoch_*.pth and the authors' files, "online" or "target". Raises UsageError unless the encoder's tensors
+    are exactly those of one of ARCHS, apart from a classifier, and a ViT's appended layers.
     """
     file = _load_any(path)
     args, epoch = file.get("args"), file.get("epoch")
     about = {"epoch": epoch if isinstance(epoch, int) else None, "args": args if isinstance(args, dict) else {}}
     named = next((x for x in (file.get("arch"), about["args"].get("arch")) if isinstance(x, str)), arch)
     need(arch in (None, named), f"{path} holds a {named}, not a {arch}: leave --arch out")
-    own, nearest = _encoder_tensors(file), []
+    own, nearest = _encoder_tensors(file, network), []
+    need(
+        own or network == "online", f"{path} holds no target network: pass last.pth, or an epoch_*.pth of --keep-every"
+    )
     for candidate in [named] if named in r2o.ARCHS else r2o.ARCHS:
         with torch.device("meta"):
             shapes = r2o.build_encoder(candidate).state_dict()
+        if candidate == "vit_b" and not any(name.startswith(APPENDED) for name in own):
+            shapes = {name: x for name, x in shapes.items() if not name.startswith(APPENDED)}
         fitting = {name for name, x in shapes.items() if name in own and own[name].shape == x.shape}
         rest = [name for name in dict.fromkeys([*shapes, *own]) if name not in fitting]
         count = f"{len(fitting)} of {len(shapes)} tensors"
@@ -71,19 +86,20 @@ def read_weights(path: str | Path, arch: str | None = None) -> dict:
     raise UsageError(f"{path} is no known encoder: {min(nearest)[1]}; {expected}")
 
 
-def _encoder_tensors(file: dict) -> dict[str, Tensor]:
-    """The encoder's tensors in a checkpoint, under torchvision's names, without a classifier."""
-    state = file
-    for key in ("model", "state_dict"):
+def _encoder_tensors(file: dict, network: str) -> dict[str, Tensor]:
+    """An encoder's tensors in a checkpoint, under torchvision's names, without a classifier."""
+    state, ours = file, "target" if isinstance(file.get("target"), dict) and network == "target" else "state_dict"
+    for key in ("model", ours):
         state = state[key] if isinstance(state.get(key), dict) else state
     arrays = {n: x for n, x in state.items() if isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind in "biuf"}
     tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)} | arrays
     tensors = {str(name).removeprefix("module."): torch.as_tensor(x) for name, x in tensors.items()}
-    for prefix in PREFIXES:
+    for prefix in PREFIXES if network == "online" else ("",) if ours == "target" else TARGET_PREFIXES:
         own = {to_torchvision(n.removeprefix(prefix)): x for n, x in tensors.items() if n.startswith(prefix)}
-        if "conv1.weight" in own:
+        if "conv1.weight" in own or "conv_proj.weight" in own:
             break
-    return {name: x for name, x in own.items() if not name.startswith("fc.")}
+    others = "fc.", "head.", "heads.", "decoder_", "mask_token"  # classifiers, and MAE's decoder
+    return {name: x for name, x in own.items() if not name.startswith(others)}
 
 
 def _load_any(path: str | Path) -> dict:
@@ -135,12 +151,16 @@ def to_torchvision(name: str) -> str:
     name = re.sub(r"^stem\.", "", name)
     name = re.sub(r"^res(\d)\.", lambda m: f"layer{int(m[1]) - 1}.", name)
     name = re.sub(r"\bconv(\d)\.norm\.", r"bn\1.", name)
-    return name.replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
+    name = name.replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
+    return r2o_vit.rename(name, to_timm=False)
 
 
 def write_weights(file: dict, layout: str, path: Path):
-    """Write what read_weights() returns in a layout. The suffix of path is one of LAYOUTS[layout]. Raises OSError."""
+    """Write what read_weights() returns in a layout. The suffix of path is one of LAYOUTS[layout]. Raises OSError.
+    The layers that vit_b has and other libraries' ViTs lack are left out, but in layout "r2o"."""
     state, about = file["state_dict"], {"arch": file["arch"], "epoch": file["epoch"]}
+    if file["arch"] == "vit_b" and layout != "r2o":
+        state = {r2o_vit.rename(n, layout == "timm"): x for n, x in state.items() if not n.startswith(APPENDED)}
     if layout == "detectron2":
         state = {to_detectron2(name): x for name, x in state.items()}
     if path.suffix == ".safetensors":

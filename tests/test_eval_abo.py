@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import picture, refused_by
+from conftest import load, picture, refused_by, same
 from PIL import Image
 
 import eval_cub
@@ -209,6 +209,25 @@ def test_a_folder_of_checkpoints_gives_a_curve_at_each_ones_k(pairs, finished, t
     assert across == "epoch" and [x for x, _ in curves["pixel masks, K(t)"]] == [2, 3]
     assert [x for x, _ in curves["region masks, K = 3"]] == [2, 3] and len(curves["grid"]) == 2
     assert png.exists()
+
+
+def test_masks_of_the_target_network_are_those_that_training_uses(pairs, finished, tmp_path, refused):
+    """In last.pth, and beside the online network in epoch_*.pth; r2o.pth has none."""
+    out, data = finished[0], ["--data", pairs / "images", pairs / "masks", "-k", 3]
+    network, device = ("--network", "target"), torch.device("cpu")
+    found, rows = measured(tmp_path, "--ckpt", out, *data, *network)
+    files = [str(out / "epoch_0002.pth"), str(out / "last.pth")]
+    assert {key[0] for key in rows if key[1]} == {*files} and found["protocol"]["network"] == "target"
+    target = r2o.build_encoder("tiny")
+    state = load(out / "last.pth")["model"]
+    target.load_state_dict({n.removeprefix("target.encoder."): x for n, x in state.items() if "target.encoder." in n})
+    one = open_checkpoints(str(out / "last.pth"), None, [], 64, device, "target")[0]
+    assert same(one.encoder.state_dict(), target.state_dict()) and ", target network: " in one.line
+    kept = load(out / "epoch_0002.pth")
+    assert not same(kept["target"], kept["state_dict"]) and kept["target"].keys() == kept["state_dict"].keys()
+    two = open_checkpoints(files[0], None, [], 64, device, "target")[0]
+    assert same(dict(two.encoder.state_dict()), kept["target"]) and (two.epoch, two.k) == (2, one.k + 2)
+    assert "holds no target network: pass last.pth" in refused(*FLAGS[4:], "--ckpt", out / "r2o.pth", *data, *network)
 
 
 def test_the_figures_are_drawn_the_worst_first(pairs, finished, tmp_path, capsys, monkeypatch):

@@ -162,6 +162,19 @@ def test_classes_are_those_of_the_training_folders_that_hold_images(colors, tmp_
     pickle.dumps(data)  # for workers that are spawned
 
 
+def test_a_subset_s_classes_alone_are_read(colors, tmp_path, refused):
+    """As ImageNet-100 of ImageNet: labels count its classes only."""
+    (tmp_path / "two.txt").write_text("red\nblue/\n")
+    out = tmp_path / "x.json"
+    knn.main([*FLAGS, "--data", str(colors), "--subset", str(tmp_path / "two.txt"), "--json", str(out)])
+    found = json.loads(out.read_text())
+    assert (found["train"], found["val"], found["classes"]) == (12, 6, 2) and found["k"]["1"]["top-1"] == 100
+    (tmp_path / "two.txt").write_text("red\nyellow\n")
+    line = refused(*FLAGS, "--data", colors, "--subset", tmp_path / "two.txt")
+    assert "1 of the 2 lines of --subset are no class in" in line and "the first: yellow" in line
+    assert "cannot read --subset" in refused(*FLAGS, "--data", colors, "--subset", tmp_path / "none.txt")
+
+
 def test_bad_data_and_arguments_are_refused(colors, tmp_path, refused):
     train, val = colors / "train", colors / "val"
     assert "2 of the 3 classes in" in refused(*FLAGS, "--data", only(tmp_path / "one", train, "blue"), val)
