@@ -437,11 +437,12 @@ def contrastive_loss(
     with torch.autocast(q.device.type, enabled=False):
         q, z_same, z_other = (F.normalize(upcast(x), dim=-1) for x in (q, z_same, z_other))
         own, positive = ids[:, None] == ids_same, ids[:, None] == ids_other  # (P, N)
-        least = torch.finfo(q.dtype).min
-        logits = torch.cat([q @ z_other.T / temperature, (q @ z_same.T / temperature).masked_fill(own, least)], 1)
-        log_p = logits.log_softmax(1)[:, : len(z_other)]
-    loss = -log_p.masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp(min=1)
-    return loss / own.sum(1).clamp(min=1)
+        other, same = q @ z_other.T / temperature, q @ z_same.T / temperature  # (P, N)
+        same = same.masked_fill(own, torch.finfo(same.dtype).min)
+        all_keys = torch.logaddexp(other.logsumexp(1), same.logsumexp(1))  # (P,)
+    count = positive.sum(1)
+    loss = all_keys - (other * positive).sum(1) / count.clamp(min=1)
+    return torch.where(count > 0, loss / own.sum(1).clamp(min=1), 0)
 
 
 def mean_over_pairs(losses: Tensor, pairs: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import copy
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather  # differentiable
 
 import r2o
@@ -25,8 +25,10 @@ class Contrastive(r2o.R2O):
         if objective not in ("detcon", "ntxent"):
             raise ValueError(f"no contrastive objective {objective!r}: choose detcon or ntxent")
         self.samples, self.temperature = samples, temperature
-        if objective == "ntxent":
-            self.predictor = None
+        if objective == "ntxent":  # SimCLR's projector ends in batch norm without a shift
+            projector, self.predictor = self.online["projector"], None
+            projector.append(nn.BatchNorm1d(projector[-1].out_features))[-1].bias.requires_grad_(False)
+            self.target = copy.deepcopy(self.online).requires_grad_(False)
 
     def represent(self, views, m, boxes, flips, K: int, side, generator) -> tuple[Tensor, int, Tensor]:
         """See R2O.represent(). P is the number of sampled masks of a view, with or without a positive."""

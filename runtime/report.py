@@ -124,7 +124,8 @@ class Report:
         """Add the preview's masks after this epoch to `masks`; paint image, prior, and up to six epochs."""
         device = next(model.parameters()).device
         images, regions = self.preview["image"].movedim(-1, 1), self.preview["regions"]  # (n, 3, S, S), (n, h, w)
-        uniforms = r2o.seeding_uniforms(1, k, torch.Generator().manual_seed(seed)).to(device)
+        groups = len(images) // model.kmeans_group if len(images) % model.kmeans_group == 0 else 1
+        uniforms = r2o.seeding_uniforms(groups, k, torch.Generator().manual_seed(seed)).to(device)
         encoder = model.target["encoder"].eval()  # as in training, but with batch norm's running statistics
         rows = evenly(len(images), 8)
         m = model.predict_masks(encoder, r2o.normalize(images.to(device)), regions.to(device), k, uniforms).cpu()[rows]
