@@ -34,18 +34,18 @@ class Contrastive(r2o.R2O):
         """See R2O.represent(). P is the number of sampled masks of a view, with or without a positive."""
         B, (rank, world) = len(m), r2o.rank_and_world()
         uniforms = torch.rand(2, world * B, self.samples, dtype=torch.float64, generator=generator)  # of all ranks
-        uniforms = uniforms[:, rank * B :][:, :B].flatten(0, 1).to(m.device, non_blocking=True)  # (2B, samples)
+        uniforms = uniforms[:, rank * B :][:, :B].flatten(0, 1)  # (2B, samples)
 
         c5 = self.encode(self.online["encoder"], views)  # (2B, C, H, W)
         with side:
             weights = hard_masks(m, boxes, flips, K, c5.shape[-1])  # (2B, K, H, W)
-            ids = r2o.masks_at(weights.sum((2, 3)), uniforms)  # (2B, samples)
+            ids = r2o.masks_at(weights.sum((2, 3)), uniforms.to(m.device, non_blocking=True))  # (2B, samples)
             view = torch.arange(2 * B, device=m.device)[:, None].expand_as(ids)
             rows = torch.stack([view, ids], 2).flatten(0, 1)  # (2P, 2)
             names = ((rank * B + view % B) * K + ids).view(2, -1)  # (2, P): of image and mask
         side.join(m, weights, rows, names)
         q = z = self.online["projector"](r2o.mask_pool(c5, weights, rows))  # (2P, dim)
-        if self.predictor:
+        if self.predictor is not None:
             q = self.predictor(z)
             with torch.no_grad():
                 c5 = self.encode(self.target["encoder"], views)

@@ -92,7 +92,8 @@ def check_memory(model: r2o.R2O, images: int, size: int, device: torch.device):
 
 def training_memory(model: r2o.R2O, images: int, size: int, device: torch.device) -> float:
     """Estimate the bytes that a micro-batch of so many images takes on `device`: weights, gradients, momentum and
-    update; views in float32; and the activations that the encoder keeps for the backward pass, measured."""
+    update; views in float32; the activations that the encoder keeps for the backward pass, measured; and a contrastive
+    objective's matrices of sampled masks by keys."""
     kept = []
     for views in (2, 4):
         x = torch.zeros(views, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
@@ -108,4 +109,6 @@ def training_memory(model: r2o.R2O, images: int, size: int, device: torch.device
         del c5
     weights = sum(p.nbytes for p in model.parameters())
     weights += 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    rows = images * getattr(model, "samples", 0)  # of each view
+    weights += 28 * rows**2 * distributed.place()[1]  # for both directions two cosines, two masks; and a backward pass
     return weights + images * ((kept[1] - kept[0]) + 6 * 12 * size**2)  # activations of 2 views; 6 images in float32

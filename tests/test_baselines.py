@@ -16,6 +16,7 @@ from torch.autograd import gradcheck
 import r2o
 import train
 from r2o_baselines import Contrastive, Odin, hard_masks, spanning_crop
+from runtime import plan
 from runtime.images import list_images
 from runtime.loader import ImageRegions
 from runtime.regions import region_maps
@@ -256,6 +257,27 @@ def learn(model, K, steps=30):
 def test_a_contrastive_model_learns_one_batch_and_does_not_collapse(kind, options):
     seen = learn(contrastive(kind=kind, hidden=32, dim=16, **options), 4)
     assert seen[-5:, 0].mean() < 0.75 * seen[0, 0] and seen[-1, 1] > 0.4
+
+
+def test_the_memory_of_a_contrastive_loss_is_foreseen(monkeypatch):
+    """Against what the loss of both directions keeps for its backward pass; 8 bytes a cosine more are for that pass."""
+    model, device, kept = contrastive(), torch.device("cpu"), {}
+    plain = r2o.R2O("tiny", 20, hidden=16, dim=8)
+    more = plan.training_memory(model, 32, 64, device) - plan.training_memory(plain, 32, 64, device)
+    assert more == 28 * 512 * 512
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    four = plan.training_memory(model, 32, 64, device) - plan.training_memory(plain, 32, 64, device)
+    assert four == 28 * 512 * 2048
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    q, z_same, z_other, *ids = rows(512, 2048, 8, 99, 0)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        r2o.contrastive_loss(q.float().requires_grad_(), z_same.float(), z_other.float(), *ids)
+    large = sum(x.untyped_storage().nbytes() for x in kept.values() if x.shape == (512, 2048))
+    assert 2 * large == 20 * 512 * 2048
 
 
 # ---- masks of the prior, Table 4 ------------------------------------------------------------------------------------
