@@ -54,7 +54,7 @@ def evaluate(args) -> int:
     print(f"{args.k} segments of {args.layer} at {args.size} pixels, split {split}, n = {means['n']}")
     print("the foreground segment is chosen by the truth, as in the paper")
     if split == "test":
-        print("these are CUB's own test images; the paper's are ReDO's 1,000: pass --split FILE for them")
+        print("these are the test images of train_test_split.txt; Table 3's are ReDO's 1,000 of CUB: pass --split FILE")
     for name in METRICS:
         print(f"{name:15s} {means[name]:.3f}" + ("   of foreground and background" if name == "mean IoU" else ""))
     ours = ", ".join(f"{name} {means[name]:.3f}" for name in METRICS)

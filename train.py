@@ -140,8 +140,10 @@ def open_data(args, images: ImageList, maps_file: str, planned: int | None = Non
     return data
 
 
-def make_schedule(args, images: int) -> r2o.Schedule:
+def make_schedule(args, images: int, num_regions: int = 256) -> r2o.Schedule:
     clusters = args.k_start, args.k_end, args.hold_epochs, args.schedule
+    if args.masks == "prior" and args.prior == "fh":  # K is the largest number of segments
+        clusters = num_regions, num_regions, *clusters[2:]
     rates = args.lr, args.lr_k, args.tau
     return r2o.Schedule(images // args.batch_size, args.epochs, args.batch_size, *rates, *clusters)
 
@@ -238,7 +240,7 @@ def train(args, signals: distributed.StopSignals) -> int:
     lock = lock_output(out) if rank == 0 else None  # noqa: F841 (held until this function returns)
     checkpoint = read_checkpoint(args, images)
     data = open_data(args, images, args.regions)
-    schedule = make_schedule(args, len(data))
+    schedule = make_schedule(args, len(data), data.num_regions)
     model, ddp, optimizer = build(args, data.num_regions)
     signals.deferred = True  # from here on all ranks stop together, after a step
     progress, report = Progress(), Report(out, schedule, args.tensorboard)
@@ -313,11 +315,11 @@ def dry_run(args) -> int:
     rank, world, device = distributed.place()
     images = open_images(args)
     sample = ImageList(images.root, ((images[i], 0) for i in evenly(len(images), 256)))
-    schedule = make_schedule(args, len(images))
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         data = open_data(args, sample, f"{folder}/regions.npy", len(images))
         seconds = (time.perf_counter() - began) * max(args.workers, 1) / len(sample)
+        schedule = make_schedule(args, len(images), data.num_regions)
         if rank == 0:
             group = min(args.kmeans_group, args.batch_size // args.accum) if args.masks != "prior" else 0
             plan.print_plan(schedule, len(images), world, args.accum, group)

@@ -18,7 +18,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import r2o
-from evals.common import Tested, add_encoder_flags, group_masks, need_writable, open_checkpoints, table_row
+from evals.common import (
+    Tested,
+    add_encoder_flags,
+    add_network_flag,
+    group_masks,
+    need_writable,
+    open_checkpoints,
+    table_row,
+)
 from evals.measures import best_overlap, objects_of
 from evals.truth import add_truth_flags, decode, list_masks, load_coco, read_ids, readable
 from runtime import cli, distributed
@@ -32,13 +40,12 @@ def parse_args(argv):
     p = cli.Parser(__doc__)
     add_encoder_flags(p)
     add_truth_flags(p, "; or one of images and a COCO instances JSON")
-    ks = "clusters (default: 128 64 16 4, for a folder 4; and K(t), if the checkpoint says what it was)"
+    ks = "clusters (default: 128 64 16 4, for several checkpoints 4; and K(t), if they say what it was)"
     p.add_argument("-k", type=count, nargs="+", help=ks)
     p.add_argument("--group", type=count, default=32, help="images clustered together")
     p.add_argument("--segments", type=count, default=100, help="superpixels that SLIC aims for")
     p.add_argument("--size", type=number(int, 32), default=224, help="images are resized to this side")
-    network = "whose masks; target: those that training uses (last.pth, or epoch_*.pth of --keep-every)"
-    p.add_argument("--network", default="online", choices=("online", "target"), help=network)
+    add_network_flag(p)
     p.add_argument("--min-area", type=count, default=1, help="smallest object that counts, in pixels")
     p.add_argument("--workers", type=natural, default=distributed.cores_per_process(), help="that read images")
     p.add_argument("--json", default="eval_abo.json", help="file for the results")

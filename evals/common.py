@@ -25,6 +25,11 @@ def add_encoder_flags(p: Parser):
     p.add_argument("--arch", choices=r2o.ARCHS, help="encoder for --ckpt random (default: resnet50); files name theirs")
 
 
+def add_network_flag(p: Parser):
+    network = "whose masks; target: those that training uses (last.pth, or epoch_*.pth of --keep-every)"
+    p.add_argument("--network", default="online", choices=("online", "target"), help=network)
+
+
 def calibrated_encoder(ckpt: str, arch, batches, device, network: str = "online") -> tuple[nn.Module, str]:
     """--ckpt's encoder on `device`, and a line about it. batches: of normalized images, to calibrate a random one."""
     encoder, line = load_encoder(ckpt, arch, network)
@@ -82,6 +87,9 @@ def open_checkpoints(ckpt: str, arch, images: list, size: int, device, network: 
             k = r2o.num_clusters(epoch, *(args[name] for name in names))
         encoder, line = calibrated_encoder(path, arch, square_batches(images, size), device, network)
         print(f"{line}; ops: {r2o.extension(device)}", flush=True)
+        usual = {"masks": "predicted", "prior": "slic", "kmeans_group": 32}
+        if unlike := [f"--{n.replace('_', '-')} {args[n]}" for n, x in usual.items() if (args or {}).get(n, x) != x]:
+            print(f"note: it was trained with {' '.join(unlike)}; here masks are predicted from SLIC's regions")
         found[epoch if len(paths) > 1 else path] = Tested(path, epoch, k, encoder, line)
     return sorted(found.values(), key=lambda one: one.epoch or 0)
 

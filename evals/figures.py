@@ -15,7 +15,7 @@ import torch
 
 import r2o
 from evals import common
-from evals.common import add_encoder_flags, open_checkpoints, read_square
+from evals.common import add_encoder_flags, add_network_flag, open_checkpoints, read_square
 from evals.truth import add_truth_flags, list_masks
 from runtime import cli, distributed
 from runtime.cli import count, need, number
@@ -27,6 +27,7 @@ def parse_args(argv):
     p = cli.Parser(__doc__)
     add_encoder_flags(p)
     add_truth_flags(p)
+    add_network_flag(p)
     p.add_argument("--out", type=Path, default=Path("figures"), help="folder for the PNGs")
     p.add_argument("-k", type=number(int, 1, 256), default=5, help="segments per image in objects and worst")
     p.add_argument("--count", type=count, default=8, help="images in each figure")
@@ -37,7 +38,8 @@ def parse_args(argv):
 def draw(args) -> int:
     pairs, device = list_masks(args.data, args.split), distributed.place()[2]
     make_folder(args.out)
-    tested = open_checkpoints(args.ckpt, args.arch, [image for image, _ in pairs], args.size, device)
+    images = [image for image, _ in pairs]
+    tested = open_checkpoints(args.ckpt, args.arch, images, args.size, device, args.network)
 
     def save(name: str, columns: list, notes=None):
         film_strip(columns, zoom=-(-128 // args.size), notes=notes).save(args.out / name)

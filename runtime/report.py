@@ -17,14 +17,16 @@ from runtime.pictures import evenly, film_strip, paint
 from runtime.storage import save_or_warn
 
 
-def alarms(record: dict) -> list[str]:
-    """Signs in an epoch's record that training is failing."""
+def alarms(record: dict, masks: str = "predicted") -> list[str]:
+    """Signs in an epoch's record that training is failing. masks: of the model, "predicted" or "prior"."""
     found = []
     if record["spread"] < 0.1:
         found.append("the projections have collapsed to a point (spread near 0): lower --lr, or raise --tau")
     if record["pairs"] == 0:
         found.append("no mask is seen by both views, so nothing is learned: are the images larger than a few pixels?")
-    if record["K"] > 1 and record["largest"] > 0.95:
+    if masks == "prior" and record["masks"] < 2:
+        found.append("most images are a single segment: --prior fh needs photographs of 224 pixels or so")
+    elif masks != "prior" and record["K"] > 1 and record["largest"] > 0.95:
         found.append("one cluster owns almost everything: the features have collapsed")
     if record["skipped"]:
         found.append(f"{record['skipped']} steps were skipped, loss or gradients not finite: consider a lower --lr")
@@ -114,7 +116,7 @@ class Report:
                 "image, {clusters:.1f} of {K} clusters used, the largest {largest:.1%}, {skipped} steps skipped, "
                 "{unreadable} images unreadable, {images/s:.0f} images/s".format(**record)
             )
-            for alarm in alarms(record):
+            for alarm in alarms(record, model.masks):
                 warn(f"epoch {record['epoch']}: {alarm}")
         sys.stdout.flush()
         self._start_bar(step)

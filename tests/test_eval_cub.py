@@ -90,7 +90,7 @@ def test_a_run_prints_and_writes_metrics_and_protocol(cub, tmp_path, capsys):
     assert result["n"] == 6 and result["split"] == "test" and result["layer"] == "c4" and result["size"] == 64
     assert 0.2 < result["foreground IoU"] < 1 and 0.2 < result["mean IoU"] < 1 and 0.3 < result["pixel accuracy"] < 1
     assert f"foreground IoU  {result['foreground IoU']:.3f}" in printed and "n = 6" in printed
-    assert "chosen by the truth" in printed and "CUB's own test images; the paper's are ReDO's 1,000" in printed
+    assert "chosen by the truth" in printed and "Table 3's are ReDO's 1,000 of CUB: pass --split" in printed
     picture_of = Image.open(png)
     assert picture_of.width == 4 * 132 - 4 and picture_of.height == 16 + 6 * 132 - 4
 

@@ -336,6 +336,8 @@ def test_each_alarm_has_its_sign():
     assert report.alarms(fine) == []
     for sign in ({"spread": 0.01}, {"pairs": 0.0}, {"largest": 0.99}, {"skipped": 2}):
         assert len(report.alarms(fine | sign)) == 1
+    fine = fine | {"masks": 90.0, "largest": 0.99}  # large segments of the prior are no collapse, hardly any are bad
+    assert report.alarms(fine, "prior") == [] and len(report.alarms(fine | {"masks": 1.3}, "prior")) == 1
 
 
 # ---- many processes --------------------------------------------------------------------------------------------------
