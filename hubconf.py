@@ -4,8 +4,8 @@ dependencies = ["torch", "torchvision", "numpy", "PIL", "tqdm"]
 
 
 def encoder(ckpt: str, arch: str | None = None):
-    """A torchvision ResNet or ViT in eval mode with r2o.pth's weights, whose classifier is the identity: (B, 3, h, w)
-    -> (B, C).
+    """A torchvision ResNet in eval mode with r2o.pth's weights, whose fc is the identity, or a ViT that gives the mean
+    of its patch tokens: (B, 3, h, w) -> (B, C).
 
     ckpt: r2o.pth, or any file that runtime.weights.read_weights reads. arch: what it holds (default: it tells).
     """
@@ -17,8 +17,9 @@ def encoder(ckpt: str, arch: str | None = None):
 
     net, _ = load_encoder(ckpt, arch)
     need(net.arch != "tiny", f"{ckpt} holds the encoder tiny, which torchvision lacks: use load_encoder")
-    whole = get_model({"vit_b": "vit_b_16"}.get(net.arch, net.arch), weights=None)
-    setattr(whole, "heads" if net.arch == "vit_b" else "fc", torch.nn.Identity())
-    names = whole.state_dict()
-    whole.load_state_dict({name: x for name, x in net.state_dict().items() if name in names})
+    if net.arch == "vit_b":
+        return net
+    whole = get_model(net.arch, weights=None)
+    whole.fc = torch.nn.Identity()
+    whole.load_state_dict(net.state_dict())
     return whole.eval()

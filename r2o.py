@@ -297,6 +297,11 @@ class R2O(nn.Module):
         """xi <- tau xi + (1 - tau) theta (A.1). Batch norm buffers are not averaged; nothing reads the target's."""
         torch._foreach_lerp_(list(self.target.parameters()), list(self.online.parameters()), 1 - tau)
 
+    @property
+    def mask_encoder(self) -> nn.Module:
+        """The network whose features are clustered."""
+        return self.target["encoder"]
+
     @torch.no_grad()
     def predict_masks(self, encoder, images, regions, num_clusters, uniforms, ranks_per_group: int = 1) -> Tensor:
         """predict_masks() of the encoder's C4, with this model's settings. images: (B, 3, S, S) normalized."""
@@ -325,14 +330,14 @@ class R2O(nn.Module):
         ValueError if the batch does not divide into K-means groups.
         """
         B, K = len(images), self.num_regions if self.masks == "prior" else num_clusters
-        uniforms, ranks_per_group = self.seeds(B, K, generator)
+        uniforms, ranks_per_group = self.seeds(B, 1 if self.masks == "prior" else K, generator)
         uniforms = uniforms.to(images.device, non_blocking=True)
 
         # Mask prediction (Sec. 3.1, Eq. (1)). On a GPU this runs on a side stream, overlapping the online forward pass;
         # with SyncBatchNorm, where the host waits in each layer, only K-means overlaps.
         side = SideStream(images.device, self.overlap)
         with side:
-            m = self.predict_masks(self.target["encoder"], images, regions, K, uniforms, ranks_per_group)
+            m = self.predict_masks(self.mask_encoder, images, regions, K, uniforms, ranks_per_group)
 
         losses, pairs, z = self.represent(views, m, boxes, flips, K, side, generator)
         loss, total = mean_over_pairs(losses, pairs)

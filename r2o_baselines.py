@@ -33,6 +33,7 @@ class Contrastive(r2o.R2O):
     def represent(self, views, m, boxes, flips, K: int, side, generator) -> tuple[Tensor, int, Tensor]:
         """See R2O.represent(). P is the number of sampled masks of a view, with or without a positive."""
         B, (rank, world) = len(m), r2o.rank_and_world()
+        generator = generator and generator.clone_state()  # micro-batches go on to cluster as the full batch would
         uniforms = torch.rand(2, world * B, self.samples, dtype=torch.float64, generator=generator)  # of all ranks
         uniforms = uniforms[:, rank * B :][:, :B].flatten(0, 1)  # (2B, samples)
 
@@ -63,7 +64,8 @@ class Odin(Contrastive):
     """Odin (A.9; arXiv 2203.08777): masks by K-means of each image's own features, from a second EMA network that sees
     the crop that spans both views (spanning_crop()); DetCon's loss. Use the prior "grid" and kmeans_group 1.
 
-    discovery_tau: momentum of the second network. It and K were not found: the paper was not at hand.
+    discovery_tau: momentum of the second network. Neither it nor K could be looked up: the paper's full text was not
+    available.
     """
 
     def __init__(self, *args, discovery_tau: float, **kwargs):
@@ -77,9 +79,9 @@ class Odin(Contrastive):
         online = list(self.online["encoder"].parameters())
         torch._foreach_lerp_(list(self.discovery.parameters()), online, 1 - self.discovery_tau)
 
-    def predict_masks(self, encoder, *args, **kwargs) -> Tensor:
-        """See R2O.predict_masks(); the second network takes the encoder's place."""
-        return super().predict_masks(self.discovery, *args, **kwargs)
+    @property
+    def mask_encoder(self) -> nn.Module:
+        return self.discovery
 
 
 def spanning_crop(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:

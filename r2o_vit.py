@@ -31,6 +31,10 @@ class ViT(VisionTransformer):
         x = self.encoder.ln(self.encoder.layers(x + self.positions(H, W)))
         return x[:, 1:].mT.unflatten(2, (H, W))
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 3, S, S) -> mean patch token of the last block (B, 768). R2O does not train the class token."""
+        return self.last_map(x).mean((2, 3))
+
     def positions(self, H: int, W: int) -> Tensor:
         """The position embeddings (1, 1 + HW, 768), interpolated unless images have 224 pixels."""
         whole = self.encoder.pos_embedding  # (1, 1 + 14 * 14, 768)

@@ -72,7 +72,7 @@ def parse_args(argv=None):
     add("--compile", action="store_true", help="compile the encoders with torch.compile; --dry-run shows if it helps")
     add("--changed", action="store_true", help="allow another --lr, --lr-k, --weight-decay or --tau than before")
     add = p.add_argument_group("masks (Sec. 3.1, 3.3)").add_argument
-    masks = "what to train on; prior: the regions themselves (Table 4); odin: A.9, with --discovery-tau"
+    masks = "where masks come from; prior: the regions themselves (Table 4); odin: A.9, with --discovery-tau"
     add("--masks", default="predicted", choices=("predicted", "prior", "odin"), help=masks)
     prior = "region-level prior; grid needs no image (A.7), fh is DetCon's"
     add("--prior", default="slic", choices=("slic", "grid", "fh"), help=prior)
@@ -88,16 +88,16 @@ def parse_args(argv=None):
     args.hold_epochs = round(args.epochs * 40 / 300) if args.hold_epochs is None else args.hold_epochs
     args.regions = args.regions or f"{args.out}/regions.npy"
     args.lr_k = (16 if args.objective == "byol" else 0) if args.lr_k is None else args.lr_k
-    plan.check_flags(args)
     if args.masks == "prior":  # no K-means; K is the number of segments
-        args.kmeans_group, args.schedule = 1, "constant"
+        args.kmeans_group, args.schedule, args.hold_epochs = 1, "constant", 0
         args.k_start = args.k_end = {"slic": args.segments, "grid": 14**2, "fh": 256}[args.prior]
+    plan.check_flags(args)
     return args
 
 
 # Flags that may differ when a run resumes; the latter only with --changed.
 MAY_CHANGE = "data out regions workers keep_every save_every tensorboard prepare dry_run accum compile changed subset"
-WITH_CHANGED = "lr lr_k weight_decay tau"
+WITH_CHANGED = "lr lr_k weight_decay tau discovery_tau"
 OLDER = {"masks": "predicted", "objective": "byol", "discovery_tau": None}  # of checkpoints without these flags
 
 
@@ -107,7 +107,7 @@ OLDER = {"masks": "predicted", "objective": "byol", "discovery_tau": None}  # of
 def open_images(args) -> ImageList:
     """The images, after a check that the flags suit their number."""
     images = list_images(args.data, args.subset)
-    plan.check_batches(args, len(images))
+    plan.check_batches(args, len(images), 14**2 if args.prior == "grid" else 256)
     part = args.batch_size // args.accum
     if distributed.place()[0] == 0:
         if part < min(args.kmeans_group, args.batch_size):

@@ -56,7 +56,8 @@ class Classes(ImageFolder):
     def find_classes(self, directory):
         if self.subset is None:
             return super().find_classes(directory)
-        missing = [name for name in self.subset if not os.path.isdir(os.path.join(directory, name))]
+        folders = {entry.name for entry in os.scandir(directory) if entry.is_dir()}
+        missing = [name for name in self.subset if name not in folders]
         first = f"the first: {missing[0] if missing else ''}; expected one of its folders per line"
         lines = f"{len(missing)} of the {len(self.subset)} lines of --subset"
         need(not missing, f"{lines} are no class in {directory}, {first}")

@@ -76,11 +76,13 @@ class FCN(nn.Module):
             layers += [nn.Conv2d(cin, 256, 3, padding=6, dilation=6, bias=False), nn.BatchNorm2d(256), nn.ReLU(True)]
             nn.init.kaiming_normal_(layers[-3].weight, mode="fan_out", nonlinearity="relu")
             cin = 256
-        self.head = nn.Sequential(*layers, nn.Dropout2d(0.1), nn.Conv2d(256, classes, 1))
+        self.head = nn.Sequential(*layers, nn.Conv2d(256, classes, 1))
         nn.init.normal_(self.head[-1].weight, std=0.01)
+        nn.init.zeros_(self.head[-1].bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.interpolate(self.head(r2o.encode(self.encoder, x)), x.shape[-2:], mode="bilinear")
+        features = F.dropout2d(self.head[:-1](r2o.encode(self.encoder, x)), 0.1, self.training)
+        return F.interpolate(self.head[-1](features), x.shape[-2:], mode="bilinear")
 
 
 def dilate(encoder: nn.Module) -> nn.Module:
@@ -199,8 +201,6 @@ def train_and_measure(run: finetune.Run, names: list[str], ids: dict, base, val:
     """One run: mIoU in percent, and the line about its encoder."""
     args = run.args
     encoder, line, fingerprint = finetune.training_encoder(args)
-    cnn = "dilates the last stage of a ResNet, which vit_b lacks: pass another --ckpt, or use evals.detect"
-    need(encoder.arch != "vit_b", f"the FCN {cnn}")
     torch.manual_seed(run.seed)
     model = distributed.to_device(FCN(encoder, len(names)))
     scenes = Scenes(base, ids, f"{args.split} of {args.data}", args.crop, args.scales, run.seed, val.shape)
@@ -218,6 +218,8 @@ def train_and_measure(run: finetune.Run, names: list[str], ids: dict, base, val:
 
 def segment(args) -> int:
     root, which = which_data(args.data)
+    cnn = "the FCN dilates the last stage of a ResNet, which vit_b lacks: pass another --ckpt, or use evals.detect"
+    need(finetune.arch_of(args) != "vit_b", cnn)
     args.crop = args.crop or CROPS[which]
     finetune.recipe(args, LR[which], SWEEPS[which], steps=30_000)
     need(not args.sbd or which == "voc", "--sbd adds to PASCAL VOC, but --data is Cityscapes: leave it out")

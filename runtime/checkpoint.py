@@ -90,5 +90,6 @@ def need_same(path: Path, then: dict, now: dict, may_change=(), with_changed=())
     for name, value in now.items():
         flag, before = "--" + name.replace("_", "-"), then.get(name)
         anew = "another --out to start anew" + (" (or --changed)" if name in with_changed else "")
-        change = f"{flag} {before}, now it is {value}: pass {flag} {before} to resume, or {anew}"
+        before_it = f"pass {flag} {before}" if before is not None else f"leave {flag} out"
+        change = f"{flag} {before}, now it is {value}: {before_it} to resume, or {anew}"
         need(name in may_change or before == value, f"{path} was trained with {change}")

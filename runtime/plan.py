@@ -24,7 +24,7 @@ def check_flags(args):
         k = "--masks prior --prior fh has no fixed K to multiply the learning rate by: pass --lr-k 0"
         need(args.prior != "fh" or args.lr_k == 0, k)
         need(args.assign == "pixel", "--masks prior has no clusters to assign: leave --assign out")
-    elif args.objective != "byol":
+    if args.objective != "byol":
         fewest = args.k_start if args.schedule == "constant" else min(args.k_start, args.k_end)
         need(fewest > 1, f"--objective {args.objective} tells masks apart, but K falls to 1: pass 2 or more clusters")
     if args.masks == "odin":
@@ -39,7 +39,7 @@ def check_flags(args):
         need_package("tensorboard", "--tensorboard")
 
 
-def check_batches(args, images: int, num_regions: int = 256):
+def check_batches(args, images: int, num_regions: int):
     """Refuse batches that cannot work: before the region maps are computed, and again when num_regions is known."""
     world = distributed.place()[1]
     batch, parts = args.batch_size, world * args.accum
@@ -54,7 +54,7 @@ def check_batches(args, images: int, num_regions: int = 256):
     need(divides, f"{share} images per process do not divide into K-means groups of {group}: {mend}")
     regions = f"the regions of one K-means ({group} images of at most {num_regions})"
     few = args.masks == "prior" or k <= group * num_regions
-    need(few, f"{k} clusters are more than {regions}: lower --k-start and --k-end, or raise --batch-size")
+    need(few, f"{k} clusters are more than {regions}: lower --k-start and --k-end, or raise --kmeans-group")
 
 
 def print_plan(schedule: r2o.Schedule, images: int, world: int, accum: int, group: int):

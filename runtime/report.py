@@ -128,7 +128,7 @@ class Report:
         images, regions = self.preview["image"].movedim(-1, 1), self.preview["regions"]  # (n, 3, S, S), (n, h, w)
         groups = len(images) // model.kmeans_group if len(images) % model.kmeans_group == 0 else 1
         uniforms = r2o.seeding_uniforms(groups, k, torch.Generator().manual_seed(seed)).to(device)
-        encoder = model.target["encoder"].eval()  # as in training, but with batch norm's running statistics
+        encoder = model.mask_encoder.eval()  # as in training, but with batch norm's running statistics
         rows = evenly(len(images), 8)
         m = model.predict_masks(encoder, r2o.normalize(images.to(device)), regions.to(device), k, uniforms).cpu()[rows]
         encoder.train()

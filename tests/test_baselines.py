@@ -16,11 +16,13 @@ from torch.autograd import gradcheck
 import r2o
 import train
 from r2o_baselines import Contrastive, Odin, hard_masks, spanning_crop
-from runtime import plan
+from runtime import plan, report
 from runtime.images import list_images
 from runtime.loader import ImageRegions
+from runtime.pictures import evenly
 from runtime.regions import region_maps
 
+ODIN = "--masks odin --objective detcon --prior grid --kmeans-group 1 --schedule constant --discovery-tau 0.9"
 fuzz = settings(max_examples=60, deadline=None, derandomize=True)
 
 
@@ -153,7 +155,7 @@ def test_forward_is_the_loss_of_16_sampled_masks_of_every_view(objective):
     loss, stats = model(*args, 5, rng(7))
     _, views, regions, boxes, flips = args
     generator = rng(7)
-    r2o.seeding_uniforms(4, 20, generator)  # K-means' share
+    r2o.seeding_uniforms(4, 1, generator)  # K-means' share
     uniforms = torch.rand(2, 4, 16, dtype=torch.float64, generator=generator)
     with torch.no_grad():
         nets = {
@@ -178,6 +180,18 @@ def test_forward_is_the_loss_of_16_sampled_masks_of_every_view(objective):
     )
     torch.testing.assert_close(loss.detach(), want, rtol=1e-4, atol=1e-4)
     assert stats["pairs"] == 16 and stats["total"] == 64
+    model.temperature = 0.2
+    assert model(*args, 5, rng(7))[0] != loss
+
+
+def test_sampling_masks_leaves_k_means_random_numbers_as_they_are():
+    """So micro-batches cluster as the full batch would, whatever the objective."""
+    states = []
+    for model in (contrastive(), r2o.R2O("tiny", 20, kmeans_group=2, hidden=16, dim=8)):
+        generator = rng(5)
+        model(*batch(), 5, generator)
+        states.append(generator.get_state())
+    assert torch.equal(*states)
 
 
 @pytest.mark.parametrize("objective", ["detcon", "ntxent"])
@@ -417,7 +431,7 @@ def test_odin_sees_the_spanning_crop_and_the_others_the_whole_image(photos, tmp_
     assert not torch.equal(whole["image"], spanning["image"]) and not torch.equal(whole["boxes"], spanning["boxes"])
 
 
-def test_odin_s_masks_come_from_a_second_network_with_a_momentum_of_its_own():
+def test_odin_s_masks_come_from_a_second_network_with_a_momentum_of_its_own(monkeypatch):
     model = contrastive(kind=Odin, discovery_tau=0.5, kmeans_group=1)
     before = {
         name: [p.clone() for p in net.parameters()] for name, net in (("d", model.discovery), ("t", model.target))
@@ -431,18 +445,64 @@ def test_odin_s_masks_come_from_a_second_network_with_a_momentum_of_its_own():
             torch.testing.assert_close(new, tau * old + (1 - tau) * p)
     assert not any(p.requires_grad for p in model.discovery.parameters())
 
-    images, _, regions, _, _ = batch()
-    uniforms = r2o.seeding_uniforms(4, 5, rng())
-    model.eval()
-    m = model.predict_masks(model.target["encoder"], images, regions, 5, uniforms)
-    want = r2o.R2O.predict_masks(model, model.discovery, images, regions, 5, uniforms)
-    other = r2o.R2O.predict_masks(model, model.target["encoder"], images, regions, 5, uniforms)
-    assert torch.equal(m, want) and not torch.equal(m, other)
+    regions = batch()[2]
+    seen = []
+    monkeypatch.setattr(Odin, "predict_masks", lambda self, net, x, *rest: seen.append(net) or regions.long())
+    model(*batch(), 20, rng())
+    assert seen == [model.discovery] and contrastive().mask_encoder is not model.discovery
+
+
+# ---- train.py -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, kind, masks, policy, spanning",
+    [
+        ("", r2o.R2O, "predicted", "byol", False),
+        ("--masks prior", r2o.R2O, "prior", "byol", False),
+        ("--objective detcon --masks prior", Contrastive, "prior", "byol", False),
+        ("--objective ntxent", Contrastive, "predicted", "simclr", False),
+        ("ODIN", Odin, "predicted", "byol", True),
+    ],
+)
+def test_flags_choose_the_model_and_its_views(photos, tmp_path, flags, kind, masks, policy, spanning):
+    flags = flags.replace("ODIN", ODIN).split()
+    args = train.parse_args(["--data", str(photos), "--out", str(tmp_path), *SMALL, "--workers", "0", *flags])
+    data = train.open_data(args, list_images(photos), args.regions)
+    model, _, _ = train.build(args, data.num_regions)
+    assert type(model) is kind and model.masks == masks and (data.policy, data.spanning) == (policy, spanning)
+    assert (model.predictor is None) == ("ntxent" in flags) and getattr(model, "discovery_tau", 0.9) == 0.9
+    assert model.kmeans_group == (1 if masks == "prior" or kind is Odin else 4)
+
+
+def test_the_strip_shows_what_training_masks_with_and_changes_nothing(photos, tmp_path):
+    """In eval mode, on rank 0 alone: SyncBatchNorm in train mode would wait for the others."""
+    args = train.parse_args(["--data", str(photos), "--out", str(tmp_path), *SMALL, "--workers", "0", *ODIN.split()])
+    data = train.open_data(args, list_images(photos), args.regions)
+    model, _, _ = train.build(args, data.num_regions)
+    for p in model.discovery.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    shown = report.Report(tmp_path, train.make_schedule(args, 24), tensorboard=False)
+    shown.start("", data, 0)
+    before, seen = [x.clone() for x in model.state_dict().values()], []
+    for net in model.modules():
+        net.register_forward_pre_hook(lambda net, _: seen.append(net.training))
+    shown.draw_strip(model, 6, 1, seed=0)
+    assert seen and not any(seen) and all(map(torch.equal, before, model.state_dict().values()))
+    assert all(net.training for net in model.modules())
+    images = r2o.normalize(shown.preview["image"].movedim(-1, 1))
+    uniforms = r2o.seeding_uniforms(24, 6, rng())
+    m = model.predict_masks(model.discovery.eval(), images, shown.preview["regions"], 6, uniforms)  # each by itself
+    assert torch.equal(shown.masks[0][2].long(), m[evenly(24, 8)])
+
+
+def test_micro_batches_of_a_contrastive_objective_warn_of_fewer_negatives(photos, tmp_path, capsys):
+    flags = [*SMALL, "--workers", "0", "--epochs", "1", "--objective", "detcon", "--accum", "2"]
+    train.main(["--data", str(photos), "--out", str(tmp_path), *flags])
+    assert "--accum limits negatives to the 4 images of a micro-batch" in capsys.readouterr().err
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
-
-ODIN = "--masks odin --objective detcon --prior grid --kmeans-group 1 --schedule constant --discovery-tau 0.9"
 
 
 @pytest.mark.parametrize(
@@ -482,6 +542,8 @@ def test_a_run_of_every_baseline_ends_with_weights_and_resumes_to_the_same_bits(
     [
         ("--objective detcon --k-end 1", "--objective detcon tells masks apart, but K falls to 1"),
         ("--objective ntxent --schedule constant --k-start 1", "--objective ntxent tells masks apart"),
+        ("--objective detcon --masks prior --segments 1", "--objective detcon tells masks apart"),
+        (ODIN + " --k-start 200", "200 clusters are more than the regions of one K-means (1 images of at most 196)"),
         ("--arch vit_b --size 64", "--arch vit_b makes 4 x 4 cells of --size 64, too few for masks"),
         ("--masks prior --prior fh", "has no fixed K to multiply the learning rate by: pass --lr-k 0"),
         ("--masks prior --assign region", "leave --assign out"),

@@ -236,6 +236,16 @@ def test_images_lost_after_the_maps_were_made_are_counted_and_too_many_end_the_r
     assert json.loads((out / "log.jsonl").read_text())["unreadable"] == 1
 
 
+def test_what_pip_installs_imports_nothing_of_ours_that_it_does_not_install():
+    modules = set(
+        re.search(r"py-modules = \[(.*)\]", (ROOT / "pyproject.toml").read_text())[1].replace('"', "").split(", ")
+    )
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"runtime", "evals"}
+    for name in modules:
+        imported = set(re.findall(r"^(?:from|import) (\w+)", (ROOT / f"{name}.py").read_text(), re.M))
+        assert imported & ours <= modules, name
+
+
 # ---- the other ways to run it ----------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """evals/segment.py and evals/detect.py, Tables 1, 2, 5, 6: networks, data, measures, runs and resumption, bad input."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -24,20 +25,24 @@ refused_segment, refused_detect = refused_by(segment), refused_by(detect)
 
 
 @pytest.mark.parametrize("arch, width", [("resnet18", 512), ("resnet50", 2048)])
-def test_the_fcn_is_a_2_s(arch, width):
+def test_the_fcn_is_a_2_s(arch, width, monkeypatch):
     """conv5: 3 x 3 with dilation 2, stride 1; two 3 x 3 of 256 with dilation 6, batch norm, ReLU; dropout; 1 x 1."""
     fcn = segment.FCN(r2o.build_encoder(arch), 21).eval()
     convs = [m for m in fcn.encoder.layer4.modules() if isinstance(m, torch.nn.Conv2d)]
     assert all(m.stride == (1, 1) for m in convs)
     assert {m.dilation for m in convs if m.kernel_size == (3, 3)} == {(2, 2)}
     kinds = [type(m).__name__ for m in fcn.head]
-    assert kinds == ["Conv2d", "BatchNorm2d", "ReLU"] * 2 + ["Dropout2d", "Conv2d"] and fcn.head[6].p == 0.1
+    assert kinds == ["Conv2d", "BatchNorm2d", "ReLU"] * 2 + ["Conv2d"] and not fcn.head[6].bias.any()
     wide = [fcn.head[i] for i in (0, 3)]
     assert [(m.in_channels, m.out_channels) for m in wide] == [(width, 256), (256, 256)]
-    assert all(m.kernel_size == (3, 3) and m.dilation == (6, 6) for m in wide) and fcn.head[7].kernel_size == (1, 1)
+    assert all(m.kernel_size == (3, 3) and m.dilation == (6, 6) for m in wide) and fcn.head[6].kernel_size == (1, 1)
     with torch.no_grad():
         assert r2o.encode(fcn.encoder, torch.zeros(1, 3, 64, 96)).shape == (1, width, 4, 6)
         assert fcn(torch.zeros(1, 3, 65, 50)).shape == (1, 21, 65, 50)
+        dropped = []
+        monkeypatch.setattr(torch.nn.functional, "dropout2d", lambda x, p, training: dropped.append((p, training)) or x)
+        fcn.train()(torch.zeros(2, 3, 65, 50))
+        assert dropped == [(0.1, True)]
 
 
 def test_dilated_weights_see_what_they_saw_before():
@@ -151,18 +156,23 @@ def shapes(tmp_path_factory):
     return voc(tmp_path_factory.mktemp("voc"))
 
 
+def make_cityscapes(root):
+    """An image of road in train and in val."""
+    for split in ("train", "val"):
+        for kind, suffix, pixels in (("leftImg8bit", "leftImg8bit", 0), ("gtFine", "gtFine_labelIds", 7)):
+            folder = root / kind / split / "town"
+            folder.mkdir(parents=True)
+            shape = (20, 30, 3) if kind == "leftImg8bit" else (20, 30)
+            Image.fromarray(np.full(shape, pixels, np.uint8)).save(folder / f"town_0_0_{suffix}.png")
+
+
 def test_cityscapes_ids_become_its_19_classes(tmp_path):
     ids = segment.cityscapes_ids()
     assert (ids[7], ids[8], ids[33], ids[24]) == (0, 1, 18, 11)  # road, sidewalk, bicycle, person
     assert ids[0] == ids[255] == ids[9] == ids[29] == 255  # unlabeled, license plate, parking, caravan
     assert sorted(set(ids.values())) == [*range(19), 255] and len(segment.NAMES["cityscapes"]) == 19
     assert len(segment.NAMES["voc"]) == 21
-    for split in ("train", "val"):
-        for kind, suffix, pixels in (("leftImg8bit", "leftImg8bit", 0), ("gtFine", "gtFine_labelIds", 7)):
-            folder = tmp_path / kind / split / "town"
-            folder.mkdir(parents=True)
-            shape = (20, 30, 3) if kind == "leftImg8bit" else (20, 30)
-            Image.fromarray(np.full(shape, pixels, np.uint8)).save(folder / f"town_0_0_{suffix}.png")
+    make_cityscapes(tmp_path)
     root, which = segment.which_data(tmp_path)
     scenes = segment.Scenes(segment.open_split(root, which, "val"), ids, "val")
     image, label = scenes.whole(0)
@@ -343,7 +353,7 @@ def test_the_defaults_of_fine_tuning_are_the_paper_s(shapes, coco, tmp_path, mon
     two, paper = args_of(detect, "--ckpt", "random", "--data", coco, "--schedule", "2x", "--lr", "paper")
     assert two.epochs == 24 and two.lr == [0.003, 0.1, 0.3] and "box AP 43.0, mask AP 39.3" in paper
     vit, paper = args_of(detect, "--ckpt", "random", "--arch", "vit_b", "--data", coco)
-    assert (vit.lr, vit.weight_decay, vit.epochs) == ([3e-4], 0.1, 12) and "Table 8: box AP 40.5" in paper
+    assert (vit.lr, vit.weight_decay, vit.epochs) == ([3e-4], 0.1, 12) and "Table 8, after ImageNet-100: box AP 40.5" in paper
 
 
 def test_steps_are_counted_instead_of_epochs(shapes, tmp_path, refused_segment):
@@ -379,6 +389,61 @@ def test_images_of_one_size_are_scaled_from_another_and_measured_at_their_labels
     assert seen == [(1, 3, 96, 160)] * 4
     counted = torch.stack([scenes.whole(i)[1] for i in range(4)])
     assert pixels.sum() == (counted != 255).sum() and pixels[:, 5].sum() == (counted[..., :40] != 255).sum()
+
+
+def test_cityscapes_is_resized_for_training_and_evaluation(tmp_path, monkeypatch):
+    make_cityscapes(tmp_path)
+    seen = []
+    monkeypatch.setattr(segment, "write_json", lambda *rest: None)
+    monkeypatch.setattr(finetune, "fit", lambda run, model, fingerprint, data, *rest, **more: seen.append(data.shape))
+    monkeypatch.setattr(
+        segment, "measure", lambda model, val, *rest: seen.append(val.shape) or (torch.ones(19, 19), [])
+    )
+    monkeypatch.setattr(finetune, "save_strip", lambda *rest: None)
+    segment.main([str(f) for f in (*SEGMENT, "--data", tmp_path, "--out", tmp_path / "out", "--seeds", 0)])
+    assert seen == [(1025, 2049)] * 2
+
+
+def test_groups_of_weights_may_have_a_scale_of_the_learning_rate(tmp_path):
+    """As a ViT's layers do."""
+    net, args = (
+        torch.nn.Linear(2, 2),
+        argparse.Namespace(epochs=1, steps=None, batch_size=2, weight_decay=0, workers=0, save_every=9),
+    )
+    before = [p.clone() for p in net.parameters()]
+
+    class Ones(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, key):
+            return torch.ones(2)
+
+    def optimizer_of(model, lr, weight_decay):
+        return torch.optim.SGD([{"params": [model.weight], "scale": 0.0}, {"params": [model.bias]}], lr=lr)
+
+    run = finetune.Run(args, tmp_path, 0.1, 0, {})
+    finetune.fit(run, net, "", Ones(), lambda ddp, x: ddp(x).square().mean(), (0.5,), optimizer_of=optimizer_of)
+    assert torch.equal(before[0], net.weight) and not torch.equal(before[1], net.bias)
+
+
+def test_a_vit_is_fine_tuned_as_a_5_says(coco, tmp_path, monkeypatch):
+    seen = []
+
+    def fit(run, model, fingerprint, data, loss_of, drops, warmup, collate, optimizer_of):
+        seen.append((drops, optimizer_of, model))
+        raise finetune.Stopped
+
+    monkeypatch.setattr(finetune, "fit", fit)
+    for arch in ("vit_b", "tiny"):
+        with pytest.raises(SystemExit):
+            detect.main([str(f) for f in (*DETECT, "--arch", arch, "--data", coco, "--out", tmp_path)])
+    (drops, optimizer_of, net), (others, sgd, _) = seen
+    assert drops == (9 / 12, 11 / 12) and optimizer_of is detect.adamw
+    assert others == (2 / 3, 8 / 9) and sgd is finetune.sgd
+    assert net.backbone.body.encoder.layers[-1].dropout.p == 0.2
+    kinds = [type(m).__name__ for m in net.backbone.fpn[0].modules() if not list(m.children())]
+    assert kinds == "ConvTranspose2d LayerNorm2d GELU ConvTranspose2d Conv2d LayerNorm2d Conv2d LayerNorm2d".split()
 
 
 def test_what_cannot_be_dilated_is_refused(shapes, tmp_path, refused_segment):
