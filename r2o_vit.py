@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
-from torchvision.ops import StochasticDepth
 
 WIDTH, PATCH = 768, 16
 
@@ -49,19 +48,6 @@ def stage(stride: int) -> nn.Module:
     """An appended layer, ending like a ResNet's stage: (B, 768, H, W) -> (B, 768, H / stride, W / stride)."""
     conv = nn.Conv2d(WIDTH, WIDTH, 3, stride, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(WIDTH), nn.ReLU(inplace=True))
-
-
-def set_drop_path(net: ViT, rate: float):
-    """Stochastic depth that rises from 0 in the first block to `rate` in the last, in place of dropout, which is 0."""
-    for i, block in enumerate(net.encoder.layers):
-        block.dropout = block.mlp[4] = StochasticDepth(rate * i / (len(net.encoder.layers) - 1), "row")
-
-
-def layer_of(name: str) -> int:
-    """The layer of a parameter for layer-wise decay: 0 the embeddings, 1 to 12 the blocks, 13 what follows."""
-    if name.startswith("encoder.layers."):
-        return int(name.split(".")[2].removeprefix("encoder_layer_")) + 1
-    return 0 if name in ("class_token", "encoder.pos_embedding") or name.startswith("conv_proj.") else 13
 
 
 # torchvision's names and timm's (and MAE's, DINO's), most specific first.

@@ -17,11 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
@@ -30,7 +28,8 @@ from torchvision.ops import MultiScaleRoIAlign, box_convert
 import r2o
 from evals import finetune
 from evals.truth import decode, load_coco, readable
-from r2o_vit import WIDTH, ViT, layer_of, set_drop_path
+from evals.vitdet import SimpleFPN, adamw, set_drop_path
+from r2o_vit import ViT
 from runtime import cli, distributed
 from runtime.cli import natural, need, number
 from runtime.images import PackedList, read_image
@@ -58,34 +57,6 @@ def parse_args(argv):
     return args
 
 
-class SimpleFPN(nn.Module):
-    """Four levels and a fifth, of 256 channels, from the last map of a ViT (ViTDet, arXiv 2203.16527)."""
-
-    out_channels = 256
-
-    def __init__(self, vit: ViT):
-        super().__init__()
-        vit.layer3 = vit.layer4 = nn.Identity()  # C4 and C5 are not used: DDP allows no idle weights
-        self.body = vit
-        norm, up = LayerNorm2d, partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
-        w = WIDTH
-        quarter = nn.Sequential(up(w, w // 2), norm(w // 2, 1e-6), nn.GELU(), up(w // 2, w // 4))
-        levels = (quarter, w // 4), (up(w, w // 2), w // 2), (nn.Identity(), w), (nn.MaxPool2d(2), w)
-        self.fpn = nn.ModuleList(
-            nn.Sequential(
-                level,
-                *(nn.Conv2d(width, 256, 1, bias=False), norm(256, 1e-6)),
-                *(nn.Conv2d(256, 256, 3, padding=1, bias=False), norm(256, 1e-6)),
-            )
-            for level, width in levels
-        )
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        x = self.body.last_map(x)
-        levels = {str(i): level(x) for i, level in enumerate(self.fpn)}
-        return levels | {"pool": F.max_pool2d(levels["3"], 1, 2)}
-
-
 def feature_pyramid(encoder: nn.Module) -> nn.Module:
     if isinstance(encoder, ViT):
         set_drop_path(encoder, 0.2)
@@ -93,18 +64,6 @@ def feature_pyramid(encoder: nn.Module) -> nn.Module:
     widths = [r2o.channels(getattr(encoder, f"layer{i}")) for i in (1, 2, 3, 4)]
     levels = {f"layer{i + 1}": str(i) for i in range(4)}
     return BackboneWithFPN(encoder, levels, widths, 256, norm_layer=nn.BatchNorm2d)
-
-
-def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW for a ViT, its learning rate falling by 0.75 from layer to layer (A.5). Only matrices are decayed."""
-    groups = {}
-    for name, p in model.named_parameters():
-        inside = name.removeprefix("backbone.body.")
-        scale = 0.75 ** (13 - layer_of(inside)) if inside != name else 1.0
-        matrix = p.ndim > 1 and inside not in ("class_token", "encoder.pos_embedding")
-        groups.setdefault((scale, matrix), []).append(p)
-    rows = [{"params": ps, "scale": s, "weight_decay": weight_decay * d} for (s, d), ps in groups.items()]
-    return torch.optim.AdamW(rows, lr=lr)
 
 
 def mask_rcnn(encoder: nn.Module, classes: int, size: int) -> MaskRCNN:

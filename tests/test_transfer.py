@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision import tv_tensors
 
 import r2o
-from evals import detect, finetune, measures, segment, truth
+from evals import detect, finetune, measures, segment, truth, vitdet
 from runtime import distributed
 
 refused_segment, refused_detect = refused_by(segment), refused_by(detect)
@@ -353,7 +353,11 @@ def test_the_defaults_of_fine_tuning_are_the_paper_s(shapes, coco, tmp_path, mon
     two, paper = args_of(detect, "--ckpt", "random", "--data", coco, "--schedule", "2x", "--lr", "paper")
     assert two.epochs == 24 and two.lr == [0.003, 0.1, 0.3] and "box AP 43.0, mask AP 39.3" in paper
     vit, paper = args_of(detect, "--ckpt", "random", "--arch", "vit_b", "--data", coco)
-    assert (vit.lr, vit.weight_decay, vit.epochs) == ([3e-4], 0.1, 12) and "Table 8, after ImageNet-100: box AP 40.5" in paper
+    assert (vit.lr, vit.weight_decay, vit.epochs) == (
+        [3e-4],
+        0.1,
+        12,
+    ) and "Table 8, after ImageNet-100: box AP 40.5" in paper
 
 
 def test_steps_are_counted_instead_of_epochs(shapes, tmp_path, refused_segment):
@@ -439,7 +443,7 @@ def test_a_vit_is_fine_tuned_as_a_5_says(coco, tmp_path, monkeypatch):
         with pytest.raises(SystemExit):
             detect.main([str(f) for f in (*DETECT, "--arch", arch, "--data", coco, "--out", tmp_path)])
     (drops, optimizer_of, net), (others, sgd, _) = seen
-    assert drops == (9 / 12, 11 / 12) and optimizer_of is detect.adamw
+    assert drops == (9 / 12, 11 / 12) and optimizer_of is vitdet.adamw
     assert others == (2 / 3, 8 / 9) and sgd is finetune.sgd
     assert net.backbone.body.encoder.layers[-1].dropout.p == 0.2
     kinds = [type(m).__name__ for m in net.backbone.fpn[0].modules() if not list(m.children())]

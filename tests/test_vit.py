@@ -7,7 +7,7 @@ from conftest import refused_by
 
 import r2o
 import r2o_vit
-from evals import detect, export
+from evals import detect, export, vitdet
 from runtime import weights
 from runtime.cli import UsageError
 
@@ -122,7 +122,7 @@ def test_layer_wise_decay_and_drop_path_are_a_5_s():
             {"backbone": torch.nn.ModuleDict({"body": r2o_vit.ViT(), "fpn": torch.nn.Linear(2, 2)})}
         )
     names = {p: name.removeprefix("backbone.") for name, p in net.named_parameters()}
-    groups = detect.adamw(net, 3e-4, 0.1).param_groups
+    groups = vitdet.adamw(net, 3e-4, 0.1).param_groups
     found = {names[p]: (group["scale"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert found["body.conv_proj.weight"] == (0.75**13, 0.1) and found["body.encoder.pos_embedding"] == (0.75**13, 0)
     assert found["body.encoder.layers.encoder_layer_0.mlp.0.weight"][0] == 0.75**12
@@ -130,7 +130,7 @@ def test_layer_wise_decay_and_drop_path_are_a_5_s():
     assert found["body.encoder.ln.weight"] == (1, 0) and found["fpn.weight"] == (1, 0.1) and len(found) == len(names)
 
     vit = net["backbone"]["body"]
-    r2o_vit.set_drop_path(vit, 0.2)
+    vitdet.set_drop_path(vit, 0.2)
     rates = [(block.dropout.p, block.mlp[4].p) for block in vit.encoder.layers]
     assert rates[0] == (0, 0) and rates[-1] == (0.2, 0.2) and rates[5][0] == pytest.approx(0.2 * 5 / 11)
 
