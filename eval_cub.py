@@ -13,7 +13,7 @@ foreground's IoU over images: hold that against the paper's "mIOU", which does n
 import r2o
 from evals import common
 from evals.common import add_encoder_flags, calibrated_encoder, need_writable, square_batches, table_row
-from evals.truth import add_truth_flags, list_masks
+from evals.truth import add_truth_flags, open_masks
 from runtime import cli, distributed
 from runtime.pictures import evenly, film_strip
 from runtime.storage import write_json
@@ -37,13 +37,13 @@ def parse_args(argv):
 
 def evaluate(args) -> int:
     need_writable(args.json, args.vis)
-    pairs = list_masks(args.data, args.split)
+    pairs, read = open_masks(args)
     device = distributed.place()[2]
     squares = square_batches([image for image, _ in pairs], args.size)
     encoder, line = calibrated_encoder(args.ckpt, args.arch, squares, device)
     print(f"{line}; ops: {r2o.extension(device)}", flush=True)
     scores, shown, show = [], [], evenly(len(pairs), 8) if args.vis else []
-    results = common.segmented(encoder, pairs, args.k, args.layer, args.size, device, args.masks)
+    results = common.segmented(encoder, pairs, args.k, args.layer, args.size, device, read)
     for i, result in enumerate(cli.bar(results, "segmenting", len(pairs), unit="img")):
         if result[3].any():
             scores.append(result[4])

@@ -28,7 +28,7 @@ from evals.common import (
     table_row,
 )
 from evals.measures import best_overlap, objects_of
-from evals.truth import add_truth_flags, decode, list_masks, load_coco, read_ids, readable
+from evals.truth import add_truth_flags, decode, load_coco, need_same_shape, open_masks, read_ids, readable
 from runtime import cli, distributed
 from runtime.cli import count, natural, need, need_package, number
 from runtime.images import PackedList, read_image
@@ -59,10 +59,11 @@ def parse_args(argv):
 class Truth(Dataset):
     """(image (3, S, S) uint8, prior (h, w) uint8, objects (n, h, w) bool, void (h, w) bool) of every image.
 
-    rows: (image file, annotation), which is a mask file (kind: see read_ids) or an image of load_coco()."""
+    rows: (image file, annotation), which is a mask file or an image of load_coco(). read: of a mask file, see
+    read_ids()."""
 
-    def __init__(self, rows: list[tuple[Path, object]], size: int, segments: int, kind: str = "auto"):
-        self.rows, self.size, self.segments, self.kind = PackedList(map(pickle.dumps, rows)), size, segments, kind
+    def __init__(self, rows: list[tuple[Path, object]], size: int, segments: int, read=read_ids):
+        self.rows, self.size, self.segments, self.read = PackedList(map(pickle.dumps, rows)), size, segments, read
 
     def __len__(self):
         return len(self.rows)
@@ -73,10 +74,8 @@ class Truth(Dataset):
         if isinstance(annotation, dict):
             objects, void = coco_objects(annotation)
         else:
-            objects, void = objects_of(readable(lambda p: read_ids(p, self.kind), annotation))
-        (h, w), (oh, ow) = image.shape[1:], objects.shape[1:]
-        same = not len(objects) or abs(w * oh - h * ow) <= 0.02 * h * ow + max(h, w)
-        need(same, f"the annotation of {path} is {ow} x {oh} pixels, the image {w} x {h}: expected one shape")
+            objects, void = objects_of(readable(self.read, annotation))
+        need_same_shape(path, image, objects)
         return r2o.resize(image, self.size), slic_prior(path, image, self.segments, self.size // 4), objects, void
 
 
@@ -94,7 +93,8 @@ def open_truth(args) -> Truth:
     if len(args.data) == 2 and args.data[1].suffix == ".json":
         rows = [(row["path"], row) for row in load_coco(*args.data)[1] if row["annotations"]]
         return Truth(rows, args.size, args.segments)
-    return Truth(list_masks(args.data, args.split), args.size, args.segments, args.masks)
+    pairs, read = open_masks(args)
+    return Truth(pairs, args.size, args.segments, read)
 
 
 def measure(tested: list[Tested], ks: list[list[int]], truth: Truth, args, device) -> tuple[dict[tuple, float], int]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import r2o
 from evals.measures import match_foreground, segment_images
-from evals.truth import read_ids, readable
+from evals.truth import need_same_shape, read_ids, readable
 from runtime.cli import Parser, need
 from runtime.images import read_image
 from runtime.pictures import paint, resize_labels
@@ -129,15 +129,18 @@ def table_row(task: str, line: str, ours: str, paper: str) -> str:
     return f"| {task} | {line.rsplit(': ', 1)[0]} | ours: {ours} | paper: {paper} |"
 
 
-def segmented(encoder, pairs, k: int, layer: str, size: int, device, kind: str = "auto"):
-    """Yields, for each image, (image (3, S, S) uint8, segments (h, w), foreground's id, truth (h, w) bool, metrics)."""
+def segmented(encoder, pairs, k: int, layer: str, size: int, device, read=read_ids):
+    """Yields, for each image, (image (3, S, S) uint8, segments (h, w), foreground's id, truth (h, w) bool, metrics).
+    read: of a mask file, see read_ids()."""
     generator = torch.Generator().manual_seed(0)
     for start in range(0, len(pairs), 32):
         batch = pairs[start : start + 32]
-        images = torch.stack([read_square(image, size) for image, _ in batch])
+        whole, masks = zip(*((readable(read_image, i), readable(read, m)) for i, m in batch), strict=True)
+        for (path, _), image, ids in zip(batch, whole, masks, strict=True):
+            need_same_shape(path, image, ids)
+        images = torch.stack([r2o.resize(image, size) for image in whole])
         maps = segment_images(encoder, r2o.normalize(images.to(device)), k, layer, generator).cpu()
-        for i, (_, mask) in enumerate(batch):
-            ids = readable(lambda path: read_ids(path, kind), mask)
+        for i, ids in enumerate(masks):
             segments, truth = F.interpolate(maps[i : i + 1], ids.shape, mode="bilinear").argmax(1)[0], ids > 0
             best, score = match_foreground(segments, k, truth, ids == -1)
             yield images[i], segments, best, truth, score

@@ -16,7 +16,7 @@ import torch
 import r2o
 from evals import common
 from evals.common import add_encoder_flags, add_network_flag, open_checkpoints, read_square
-from evals.truth import add_truth_flags, list_masks
+from evals.truth import add_truth_flags, open_masks
 from runtime import cli, distributed
 from runtime.cli import count, need, number
 from runtime.pictures import evenly, film_strip
@@ -36,7 +36,7 @@ def parse_args(argv):
 
 
 def draw(args) -> int:
-    pairs, device = list_masks(args.data, args.split), distributed.place()[2]
+    (pairs, read), device = open_masks(args), distributed.place()[2]
     make_folder(args.out)
     images = [image for image, _ in pairs]
     tested = open_checkpoints(args.ckpt, args.arch, images, args.size, device, args.network)
@@ -56,7 +56,7 @@ def draw(args) -> int:
     even, show = [], evenly(len(pairs), args.count)
 
     def with_foreground():
-        results = common.segmented(tested[-1].encoder, pairs, args.k, "c4", args.size, device, args.masks)
+        results = common.segmented(tested[-1].encoder, pairs, args.k, "c4", args.size, device, read)
         for i, result in enumerate(cli.bar(results, "segmenting", len(pairs), unit="img")):
             if i in show:
                 even.append(common.pictures(*result))

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from runtime.cli import Parser, UsageError, need, need_package
-from runtime.images import DAMAGE, list_images
+from runtime.cli import Parser, UsageError, natural, need, need_package
+from runtime.images import DAMAGE, list_images, read_image
+from runtime.pictures import evenly
 
 
 def readable(reader, path: str | Path):
@@ -25,20 +28,58 @@ def readable(reader, path: str | Path):
 
 
 def add_truth_flags(p: Parser, also: str = ""):
-    """--data, --split and --masks. also: what else --data may be."""
+    """--data, --split, --masks, --foreground and --void. also: what else --data may be."""
     data = f"CUB_200_2011 (with images.txt, images, segmentations), a folder of images and one of masks{also}"
     p.add_argument("--data", required=True, nargs="+", type=Path, help=data)
     p.add_argument("--split", default="test", help="CUB's own test set, or a file of ids, such as ReDO's")
     masks = "what mask files hold: an object above 127, or an id for each; auto: told by their values"
     p.add_argument("--masks", default="auto", choices=("auto", "binary", "ids"), help=masks)
+    foreground = "ids in mask files that are objects, all others being background (1 for Oxford-IIIT Pet's trimaps)"
+    p.add_argument("--foreground", type=natural, nargs="+", metavar="ID", help=foreground)
+    void = "ids in mask files to ignore (default: 255; 3 for these trimaps)"
+    p.add_argument("--void", type=natural, nargs="+", metavar="ID", help=void)
 
 
-def read_ids(path: str | Path, kind: str = "auto") -> Tensor:
+def open_masks(args) -> tuple[list[tuple[Path, Path]], Callable]:
+    """(image, mask) files of --data, and read_ids with the flags' settings. Raises UsageError if hardly any mask has
+    background, as in trimaps and class maps without it: overlap with such a foreground would mean nothing."""
+    pairs = list_masks(args.data, args.split)
+    chosen = args.foreground or args.void
+    need(not chosen or args.masks != "binary", "--masks binary has no ids: leave --foreground and --void out")
+    read = partial(read_ids, kind="ids" if chosen else args.masks, foreground=args.foreground, void=args.void)
+    some = [pairs[i] for i in dict.fromkeys(evenly(len(pairs), 64))]
+    maps = [readable(read, mask) for _, mask in some]
+    with_ground = sum(bool((ids == 0).any()) for ids in maps)
+    if with_ground < len(some) / 10:
+        for (path, _), ids in zip(some, maps, strict=True):
+            need_same_shape(path, readable(read_image, path), ids)
+        seen = sorted({int(i) for ids in maps for i in ids.unique() if i >= 0})
+        values = f"they hold the ids {', '.join(map(str, seen[:8]))}{', …' * (len(seen) > 8)}"
+        which = "say which are objects with --foreground, and which to ignore with --void"
+        raise UsageError(f"{with_ground} of {len(some)} masks have any background (0); {values}: {which}")
+    return pairs, read
+
+
+def need_same_shape(path: Path, image: Tensor, annotation: Tensor):
+    """Raise UsageError unless the annotation (…, h, w) has the image's aspect ratio, but for rounding."""
+    (h, w), (oh, ow) = image.shape[-2:], annotation.shape[-2:]
+    same = abs(w * oh - h * ow) <= 0.02 * h * ow + max(h, w)
+    need(same, f"the annotation of {path} is {ow} x {oh} pixels, the image {w} x {h}: expected one shape")
+
+
+def read_ids(path: str | Path, kind: str = "auto", foreground=None, void=None) -> Tensor:
     """A mask file as ids (h, w) int64: 0 background, -1 void, others objects.
 
     kind: "binary", an object above half of white; "ids", one per object, with 255 as void (16-bit files have none;
-    colors are ImageNet-S's red + 256 green, with 1000 as void); "auto", guess_kind().
+    colors are ImageNet-S's red + 256 green, with 1000 as void); "auto", guess_kind(). foreground: of "ids", those that
+    are objects, which become 1, 2, …; the others become background (default: all but 0). void: those that become void.
     """
+    if foreground or void:
+        values = _values(path)
+        ids = torch.zeros_like(values) if foreground else values.clone()
+        for i, value in enumerate(foreground or [], 1):
+            ids[values == value] = i
+        return torch.where(torch.isin(values, torch.tensor(void or [255])), -1, ids)
     with Image.open(path) as file:
         if file.mode.startswith("I"):  # 16 bits
             ids = torch.from_numpy(np.array(file).astype(np.int64))
@@ -53,6 +94,17 @@ def read_ids(path: str | Path, kind: str = "auto") -> Tensor:
     if kind == "ids" or guess_kind(gray, palette, path) == "ids":
         return torch.where(gray == 255, -1, gray)
     return (gray > 127).long()
+
+
+def _values(path) -> Tensor:
+    """The values of a mask file (h, w), as stored: indices of a palette, gray levels, or ImageNet-S's ids."""
+    with Image.open(path) as file:
+        stored = file if file.mode in ("P", "RGB") or file.mode.startswith("I") else file.convert("L")
+        pixels = torch.from_numpy(np.array(stored).astype(np.int64))
+    if pixels.ndim == 2:
+        return pixels
+    gray = (pixels == pixels[..., :1]).all()
+    return pixels[..., 0] if gray else _ids_of_colors(pixels, path)
 
 
 def _ids_of_colors(pixels: Tensor, path) -> Tensor:

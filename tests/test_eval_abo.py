@@ -154,6 +154,19 @@ def test_cub_s_layout_mask_folders_and_coco_agree(pairs, tmp_path):
     assert masks == pytest.approx(coco) and masks == pytest.approx(birds)
 
 
+def test_only_the_objects_of_a_trimap_count(pairs, tmp_path, refused):
+    masks = tmp_path / "trimaps"
+    masks.mkdir()
+    for path in (pairs / "masks").iterdir():
+        inside = np.array(Image.open(path)) > 127
+        Image.fromarray(np.where(inside, 1, 2).astype(np.uint8)).save(masks / path.name)
+    flags = ["--data", pairs / "images", masks, "-k", 2]
+    assert "they hold the ids 1, 2" in refused(*FLAGS, *flags)
+    found, rows = measured(tmp_path, *flags, "--foreground", 1)
+    plain, want = measured(tmp_path, "--data", pairs / "images", pairs / "masks", "-k", 2)
+    assert found["objects"] == plain["objects"] == 12 and rows == want
+
+
 def test_groups_are_random_and_defaults_are_said(pairs, tmp_path, monkeypatch):
     """Files side by side are often of one class: training, and so this, mixes them."""
     seen = []

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import picture
+from conftest import picture, refused_by
 from PIL import Image
 from torchvision.models import resnet18, resnet101
 
@@ -14,6 +14,8 @@ import eval_cub
 import r2o
 from evals import measures, truth
 from runtime.weights import load_encoder
+
+refused = refused_by(eval_cub)
 
 
 def test_the_metrics_by_hand():
@@ -108,6 +110,61 @@ def test_splits_may_be_a_file_of_ids_or_redo_s(cub, tmp_path):
     assert [image.name for image, _ in truth.list_cub(cub, "test")] == [f"{i:02}.jpg" for i in range(0, 12, 2)]
 
 
+def trimaps(pairs, folder, values=(1, 2, 3)):
+    """The ellipses as trimaps: 1 object, 2 ground, 3 a border between them, as Oxford-IIIT Pet's."""
+    folder.mkdir()
+    for path in (pairs / "masks").iterdir():
+        inside = np.array(Image.open(path)) > 127
+        border = inside ^ (np.roll(inside, 2, 1) & np.roll(inside, -2, 1))
+        Image.fromarray(np.select([border, inside], [values[2], values[0]], values[1]).astype(np.uint8)).save(
+            folder / path.name
+        )
+    return folder
+
+
+def test_trimaps_are_refused_until_object_and_border_are_named(pairs, tmp_path, refused):
+    """All of a trimap would be foreground: exit status 0, and figures that mean nothing."""
+    masks = trimaps(pairs, tmp_path / "trimaps")
+    flags = ["--ckpt", "random", "--arch", "tiny", "--data", pairs / "images"]
+    line = refused(*flags, masks)
+    assert "0 of 12 masks have any background (0); they hold the ids 1, 2, 3: say which are objects with" in line
+    plain, named = evaluate(tmp_path, *flags, pairs / "masks"), [*flags, masks, "--foreground", 1, "--void", 3]
+    found = evaluate(tmp_path, *named)
+    assert found["n"] == 12 and found["foreground IoU"] == pytest.approx(plain["foreground IoU"], abs=0.08)
+    ground = evaluate(tmp_path, *flags, masks, "--foreground", 2, "--void", 3)
+    assert ground["foreground IoU"] != pytest.approx(found["foreground IoU"], abs=0.02)
+    assert "leave --foreground and --void out" in refused(*named, "--masks", "binary")
+    assert "--void must be at least 0" in refused(*flags, masks, "--void", -1)
+    assert "they hold the ids 1, 2, 3" in refused(*flags, masks, "--foreground", 1, 2, 3)
+
+
+def test_ids_of_objects_and_void_are_those_that_the_flags_name(tmp_path):
+    values = np.array([[0, 1, 2], [7, 30, 255]], np.uint8)
+    Image.fromarray(values).save(tmp_path / "gray.png")
+    palette = Image.fromarray(values, "P")
+    palette.putpalette([i * 7 % 256 for i in range(768)])
+    palette.save(tmp_path / "palette.png")
+    Image.fromarray(np.stack([values] * 3, 2)).save(tmp_path / "rgb.png")
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "sixteen.png")
+    for name in ("gray", "palette", "rgb", "sixteen"):
+        path = tmp_path / f"{name}.png"
+        read = truth.read_ids(path, "ids", foreground=[7, 0], void=[2])
+        assert read.tolist() == [[2, 0, -1], [1, 0, 0]], name
+        assert truth.read_ids(path, "ids", foreground=[7]).tolist() == [[0, 0, 0], [1, 0, -1]]
+        assert truth.read_ids(path, "ids", void=[1, 30]).tolist() == [[0, -1, 2], [7, -1, 255]]
+
+
+def test_masks_of_another_shape_than_the_image_are_refused(pairs, tmp_path, refused):
+    shutil.copytree(pairs / "masks", tmp_path / "masks")
+    mask = Image.open(tmp_path / "masks/05.png")
+    mask.rotate(90, expand=True).save(tmp_path / "masks/05.png")
+    line = refused("--ckpt", "random", "--arch", "tiny", "--data", pairs / "images", tmp_path / "masks")
+    assert "05.png is 64 x 80 pixels, the image 80 x 64: expected one shape" in line
+    mask.resize((160, 128), 0).save(tmp_path / "masks/05.png")  # the same at twice the size is fine
+    flags = ["--ckpt", "random", "--arch", "tiny", "--data", pairs / "images", tmp_path / "masks"]
+    assert evaluate(tmp_path, *flags)["n"] == 12
+
+
 def test_any_pair_of_folders_of_images_and_masks_will_do(cub, tmp_path):
     result = evaluate(tmp_path, "--ckpt", "random", "--arch", "tiny", "--data", cub / "images", cub / "segmentations")
     assert result["n"] == 12 and result["split"] == "all"
@@ -153,18 +210,10 @@ def test_every_kind_of_checkpoint_gives_the_same_encoder(tmp_path):
         assert "resnet18" in line and "120 of 120 tensors matched" in line
 
 
-def refused(capsys, *flags):
-    with pytest.raises(SystemExit) as stop:
-        eval_cub.main([str(flag) for flag in flags])
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and lines[-1].startswith("eval_cub.py: error: ") and "Traceback" not in "".join(lines)
-    return lines[-1]
-
-
-def test_checkpoints_that_do_not_fit_are_refused(cub, tmp_path, capsys):
+def test_checkpoints_that_do_not_fit_are_refused(cub, tmp_path, refused):
     def said(file, *flags):
         torch.save(file, tmp_path / "ckpt.pth")
-        return refused(capsys, "--ckpt", tmp_path / "ckpt.pth", "--data", cub, *flags)
+        return refused("--ckpt", tmp_path / "ckpt.pth", "--data", cub, *flags)
 
     half = dict(list(resnet18().state_dict().items())[:50])
     assert "50 of 120 tensors of resnet18 matched, 70 do not fit, such as layer" in said(half, "--arch", "resnet18")
@@ -179,15 +228,13 @@ def test_checkpoints_that_do_not_fit_are_refused(cub, tmp_path, capsys):
     assert " 0 of" in said([1, 2, 3])
     assert "not a checkpoint that can be loaded safely" in said(picture)
     (tmp_path / "ckpt.pth").write_bytes(b"not a checkpoint")
-    assert "not a checkpoint" in refused(capsys, "--ckpt", tmp_path / "ckpt.pth", "--data", cub)
-    assert "no such checkpoint: nowhere.pth" in refused(capsys, "--ckpt", "nowhere.pth", "--data", cub)
+    assert "not a checkpoint" in refused("--ckpt", tmp_path / "ckpt.pth", "--data", cub)
+    assert "no such checkpoint: nowhere.pth" in refused("--ckpt", "nowhere.pth", "--data", cub)
 
 
-def test_data_that_does_not_fit_is_refused(cub, tmp_path, capsys):
+def test_data_that_does_not_fit_is_refused(cub, tmp_path, refused):
     def said(*data, **flags):
-        return refused(
-            capsys, "--ckpt", "random", "--arch", "tiny", "--size", 64, "--data", *data, *flags.get("more", [])
-        )
+        return refused("--ckpt", "random", "--arch", "tiny", "--size", 64, "--data", *data, *flags.get("more", []))
 
     broken = tmp_path / "CUB_200_2011"
     shutil.copytree(cub, broken)
