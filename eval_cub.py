@@ -12,8 +12,8 @@ foreground's IoU over images: hold that against the paper's "mIOU", which does n
 
 import r2o
 from evals import common
-from evals.common import add_encoder_flags, calibrated_encoder, need_writable, square_batches, table_row
-from evals.truth import add_truth_flags, open_masks
+from evals.common import add_encoder_flags, add_seeds_flag, calibrated_encoder, need_writable, square_batches, table_row
+from evals.truth import add_truth_flags, is_cub, open_masks
 from runtime import cli, distributed
 from runtime.pictures import evenly, film_strip
 from runtime.storage import write_json
@@ -29,6 +29,7 @@ def parse_args(argv):
     size = "images are resized to this side; twice it for finer segments"
     p.add_argument("--size", type=cli.number(int, 32), default=224, help=size)
     p.add_argument("-k", type=cli.number(int, 1, 256), default=5, help="segments per image")
+    add_seeds_flag(p)
     p.add_argument("--json", default="eval_cub.json", help="file for the results")
     vis = "also draw 8 images, their segments, the one called foreground, and the truth"
     p.add_argument("--vis", metavar="PNG", help=vis)
@@ -43,24 +44,29 @@ def evaluate(args) -> int:
     encoder, line = calibrated_encoder(args.ckpt, args.arch, squares, device)
     print(f"{line}; ops: {r2o.extension(device)}", flush=True)
     scores, shown, show = [], [], evenly(len(pairs), 8) if args.vis else []
-    results = common.segmented(encoder, pairs, args.k, args.layer, args.size, device, read)
+    results = common.segmented(encoder, pairs, args.k, args.layer, args.size, device, read, args.kmeans_seeds)
     for i, result in enumerate(cli.bar(results, "segmenting", len(pairs), unit="img")):
         if result[3].any():
             scores.append(result[4])
         if i in show:
             shown.append(common.pictures(*result))
-    means = common.mean_scores(scores, len(pairs))
+    means, spread = common.mean_scores(scores, len(pairs))
     split = args.split if len(args.data) == 1 else "all"
     print(f"{args.k} segments of {args.layer} at {args.size} pixels, split {split}, n = {means['n']}")
     print("the foreground segment is chosen by the truth, as in the paper")
-    if split == "test":
-        print("these are the test images of train_test_split.txt; Table 3's are ReDO's 1,000 of CUB: pass --split FILE")
+    if split == "test" and is_cub(args.data[0]):
+        print("these are CUB's own test images; Table 3's are ReDO's 1,000: pass --split FILE for them")
+    figures = {name: f"{means[name]:.3f}" + (f" ± {spread[name]:.3f}" if spread else "") for name in METRICS}
     for name in METRICS:
-        print(f"{name:15s} {means[name]:.3f}" + ("   of foreground and background" if name == "mean IoU" else ""))
-    ours = ", ".join(f"{name} {means[name]:.3f}" for name in METRICS)
+        print(f"{name:15s} {figures[name]}" + ("   of foreground and background" if name == "mean IoU" else ""))
+    if spread:
+        print(f"mean and standard deviation over {args.kmeans_seeds} seeds of K-means, each from one start")
+    ours = ", ".join(f"{name} {figures[name]}" for name in METRICS)
     task = f"{args.data[0].name}, K = {args.k}, n = {means['n']}"
-    print(table_row(task, line, ours, "mIoU 0.716 (Table 3, ReDO's 1,000 images of CUB)"), flush=True)
+    paper = "mIoU 0.716 (Table 3, ReDO's 1,000 images of CUB)"
+    print(table_row(task, line, ours, paper, its_data=split != "all" and is_cub(args.data[0])), flush=True)
     protocol = {"layer": args.layer, "size": args.size, "K": args.k, "split": split, "matching": "by the truth"}
+    means |= {"K-means seeds": args.kmeans_seeds, "standard deviations": spread}
     about = {"ckpt": args.ckpt, "encoder": line, "data": [str(d) for d in args.data]}
     write_json(args.json, about | protocol | means)
     if args.vis:

@@ -1,6 +1,7 @@
 """What the evaluations share: the encoder under test, Table 3's protocol, masks in pictures, a row of a table."""
 
 import os
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import r2o
-from evals.measures import match_foreground, segment_images
+from evals.measures import match_foreground, segment_features
 from evals.truth import need_same_shape, read_ids, readable
-from runtime.cli import Parser, need
+from runtime.cli import Parser, count, need
 from runtime.images import read_image
 from runtime.pictures import paint, resize_labels
 from runtime.weights import load_encoder, read_weights
@@ -23,6 +24,10 @@ def add_encoder_flags(p: Parser):
     ckpt = "r2o.pth, last.pth, ResNet weights of torchvision, timm, MMSegmentation or Detectron2, or the word random"
     p.add_argument("--ckpt", required=True, help=ckpt)
     p.add_argument("--arch", choices=r2o.ARCHS, help="encoder for --ckpt random (default: resnet50); files name theirs")
+
+
+def add_seeds_flag(p: Parser):
+    p.add_argument("--kmeans-seeds", type=count, default=3, help="K-means runs, of a start each; 1: no spread")
 
 
 def add_network_flag(p: Parser):
@@ -124,33 +129,42 @@ def need_writable(*paths: str | Path | None):
         need(writable, f"cannot write {path}: expected a file in an existing folder that can be written to")
 
 
-def table_row(task: str, line: str, ours: str, paper: str) -> str:
-    """A row of a table: the task, the encoder, our figures, and the paper's."""
+def table_row(task: str, line: str, ours: str, paper: str, its_data: bool) -> str:
+    """A row of a table: the task, the encoder, our figures, and the paper's, unless it measured other data."""
+    paper = paper if its_data else "none for this data"
     return f"| {task} | {line.rsplit(': ', 1)[0]} | ours: {ours} | paper: {paper} |"
 
 
-def segmented(encoder, pairs, k: int, layer: str, size: int, device, read=read_ids):
-    """Yields, for each image, (image (3, S, S) uint8, segments (h, w), foreground's id, truth (h, w) bool, metrics).
-    read: of a mask file, see read_ids()."""
-    generator = torch.Generator().manual_seed(0)
+@torch.no_grad()
+def segmented(encoder, pairs, k: int, layer: str, size: int, device, read=read_ids, seeds: int = 1):
+    """Yields, for each image, (image (3, S, S) uint8, segments (h, w), foreground's id, truth (h, w) bool, metrics of
+    each K-means), with the first K-means' segments. read: of a mask file, see read_ids(). seeds: of K-means."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
     for start in range(0, len(pairs), 32):
         batch = pairs[start : start + 32]
         whole, masks = zip(*((readable(read_image, i), readable(read, m)) for i, m in batch), strict=True)
         for (path, _), image, ids in zip(batch, whole, masks, strict=True):
             need_same_shape(path, image, ids)
         images = torch.stack([r2o.resize(image, size) for image in whole])
-        maps = segment_images(encoder, r2o.normalize(images.to(device)), k, layer, generator).cpu()
+        features = (r2o.encode_c4 if layer == "c4" else r2o.encode)(encoder, r2o.normalize(images.to(device)))
+        maps = [segment_features(features, k, generator).cpu() for generator in generators]
         for i, ids in enumerate(masks):
-            segments, truth = F.interpolate(maps[i : i + 1], ids.shape, mode="bilinear").argmax(1)[0], ids > 0
-            best, score = match_foreground(segments, k, truth, ids == -1)
-            yield images[i], segments, best, truth, score
+            truth, found = ids > 0, []
+            for scores in maps:
+                segments = F.interpolate(scores[i : i + 1], ids.shape, mode="bilinear").argmax(1)[0]
+                found.append((segments, *match_foreground(segments, k, truth, ids == -1)))
+            yield images[i], *found[0][:2], truth, [metrics for *_, metrics in found]
 
 
-def mean_scores(scores: list[dict], n: int) -> dict[str, float]:
-    """Means over the images that have a foreground, of n in all."""
+def mean_scores(scores: list[list[dict]], n: int) -> tuple[dict[str, float], dict[str, float]]:
+    """scores: of each image that has a foreground, of n in all, and each K-means. Returns the means over images and
+    K-means, with the numbers of images, and the standard deviation of each K-means' mean, empty if there is but one."""
     need(scores, NO_FOREGROUND)
-    means = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
-    return means | {"n": len(scores), "without foreground": n - len(scores)}
+    runs = list(zip(*scores, strict=True))  # by K-means, then by image
+    each = {name: [statistics.fmean(s[name] for s in run) for run in runs] for name in scores[0][0]}
+    means = {name: statistics.fmean(x) for name, x in each.items()}
+    spread = {name: statistics.stdev(x) for name, x in each.items()} if len(runs) > 1 else {}
+    return means | {"n": len(scores), "without foreground": n - len(scores)}, spread
 
 
 def pictures(image, segments, best, truth, _) -> list[Tensor]:

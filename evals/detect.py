@@ -243,7 +243,7 @@ def detect(args) -> int:
     more = {"images": len(val), "epochs": args.epochs, "val split": args.val_split} | settings
     measured = partial(train_and_measure, data=data, val=val)
     paper = PAPER[args.schedule] if not vit else VIT if args.schedule == "1x" else "none for 2x"
-    return finetune.sweep(args, settings, measured, task, paper, more)
+    return finetune.sweep(args, settings, measured, task, paper, len(val) == 5_000 and len(val.categories) == 80, more)
 
 
 def main(argv=None):

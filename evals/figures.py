@@ -61,7 +61,7 @@ def draw(args) -> int:
             if i in show:
                 even.append(common.pictures(*result))
             if result[3].any():
-                yield result[4]["foreground IoU"], pairs[i][0].name, result
+                yield result[4][0]["foreground IoU"], pairs[i][0].name, result
 
     worst = heapq.nsmallest(args.count, with_foreground(), key=lambda one: one[0])
     need(worst, common.NO_FOREGROUND)

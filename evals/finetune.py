@@ -39,13 +39,15 @@ class Diverged(Exception):
 
 @dataclass
 class Run:
-    """One run of a sweep. settings: what a checkpoint must agree with, besides the flags of every run."""
+    """One run of a sweep. settings: what a checkpoint must agree with, besides the flags of every run. steps: fit()
+    sets how many are done, and of how many."""
 
     args: object
     out: Path
     lr: float
     seed: int
     settings: dict
+    steps: tuple[int, int] = (0, 0)
 
 
 def add_flags(p: Parser, out: str, epochs: int | None, batch_size: int, lr, weight_decay: float | None, seeds: list):
@@ -72,9 +74,9 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, drops: tuple[
     return peak * rise * 0.1 ** sum(step >= int(drop * steps) for drop in drops)
 
 
-def resume(run: Run, checkpoint: Checkpoint, images: int, fingerprint: str, model: nn.Module, optimizer) -> int:
-    """Load what the run's folder holds, if anything, on all ranks. Returns the steps it has done. Raises UsageError
-    if it was trained on other images, from other weights, or with other settings."""
+def resume(run: Run, checkpoint: Checkpoint, images: int, fingerprint: str, model: nn.Module, optimizer):
+    """Load what the run's folder holds, if anything, on all ranks, and set run.steps. Raises UsageError if it was
+    trained on other images, from other weights, or with other settings."""
     args = run.args
     flags = {name: getattr(args, name) for name in ("epochs", "steps", "batch_size", "weight_decay")}
     settings = run.settings | flags | {"images": images, "lr": run.lr, "encoder": fingerprint, "seed": run.seed}
@@ -86,7 +88,13 @@ def resume(run: Run, checkpoint: Checkpoint, images: int, fingerprint: str, mode
         need(same, f"{path} was trained on {then.get('images')} images, not {images}: pass another --out")
         need_same(path, then, settings, may_change=("epochs", "steps") if args.epochs == 0 else ())
     last = checkpoint.restore({"settings": settings}, model, optimizer)
-    return last["step"] if last else 0
+    if last:
+        run.steps = last["step"], steps_of(last["settings"], images)
+
+
+def steps_of(settings: dict, images: int) -> int:
+    """How many steps a run has in all."""
+    return settings.get("steps") or settings["epochs"] * (images // settings["batch_size"])
 
 
 def recipe(args, lr: list[float], sweep: list[float], epochs: int | None = None, steps: int | None = None):
@@ -116,14 +124,15 @@ def fit(
     make_folder(run.out)
     checkpoint = Checkpoint(run.out)
     optimizer = optimizer_of(model, run.lr, args.weight_decay)
-    first = resume(run, checkpoint, len(data), fingerprint, model, optimizer)
+    resume(run, checkpoint, len(data), fingerprint, model, optimizer)
+    first = run.steps[0]
     if args.epochs == 0:
         need(first, f"--epochs 0 evaluates a trained run, but there is no {checkpoint.path}: pass its --out")
         return
     batch = args.batch_size
     need(batch <= len(data), f"--batch-size {batch} is larger than the data ({len(data)} images): pass less")
     need(batch % world == 0, f"{world} processes cannot share --batch-size {batch}: pass a multiple of {world}")
-    steps = args.steps or args.epochs * (len(data) // batch)
+    steps = steps_of(vars(args), len(data))
     if rank == 0 and 0 < first < steps:
         print(f"{run.out}: resuming after step {first} of {steps}", flush=True)
     ddp = DistributedDataParallel(model) if world > 1 else model
@@ -150,6 +159,7 @@ def fit(
                 checkpoint.save(required=stop, step=step + 1)
             if stop:
                 raise Stopped(f"stop requested: saved after step {step + 1}; rerun the same command to resume")
+    run.steps = steps, steps
     for x in model.buffers() if world > 1 else []:  # without SyncBatchNorm every rank has its own statistics
         dist.broadcast(x, 0)
 
@@ -208,7 +218,7 @@ def save_strip(rows: list[tuple[Tensor, Tensor, Tensor]], path: Path):
     save_or_warn(path, lambda f: sheet.save(f, "PNG"))
 
 
-def sweep(args, settings: dict, train_and_measure, task: str, paper: str, more: dict) -> int:
+def sweep(args, settings: dict, train_and_measure, task: str, paper: str, its_data: bool, more: dict) -> int:
     """For every learning rate and seed, train_and_measure(run) returns metrics by name, in percent, and a line
     about the encoder. Reports the learning rate whose first metric has the best mean. Returns the exit status."""
     for name in ("lr", "seeds"):
@@ -219,11 +229,12 @@ def sweep(args, settings: dict, train_and_measure, task: str, paper: str, more: 
     if rank == 0:
         lock = lock_output(make_folder(args.out))  # noqa: F841 (held until this function returns)
     scores: dict[float, list[dict | None]] = {lr: [] for lr in args.lr}
-    found = {"ckpt": args.ckpt, "seeds": args.seeds} | more
+    unfinished, found = {}, {"ckpt": args.ckpt, "seeds": args.seeds} | more
     for lr, seed in itertools.product(args.lr, args.seeds):
         metrics = None
+        run = Run(args, Path(args.out, f"lr{lr:g}-seed{seed}"), lr, seed, settings)
         try:
-            metrics, line = train_and_measure(Run(args, Path(args.out, f"lr{lr:g}-seed{seed}"), lr, seed, settings))
+            metrics, line = train_and_measure(run)
         except Stopped as e:
             if rank == 0:
                 print(e, flush=True)
@@ -232,17 +243,25 @@ def sweep(args, settings: dict, train_and_measure, task: str, paper: str, more: 
             if rank == 0:
                 print(f"diverged: {e}", file=sys.stderr, flush=True)
         scores[lr].append(metrics)
+        done, of = run.steps
+        if metrics and done < of:
+            unfinished[run.out.name] = f"{done} of {of} steps"
         if rank == 0:
+            found["unfinished"] = unfinished
             found["runs"] = {f"{lr:g}": x for lr, x in scores.items()}
             write_json(Path(args.out, "results.json"), found)
     if rank == 0:
         good = {lr: x for lr, x in scores.items() if None not in x}
         if not good:
             raise UsageError(f"a run diverged at each of the learning rates {args.lr}: pass lower ones with --lr")
+        for name, steps in unfinished.items():
+            print(f"{name}: not finished, after {steps}")
+        if unfinished:
+            task += f", NOT FINISHED (after {next(iter(unfinished.values()))})"
         for lr in scores:
             print(summary(good[lr], lr) if lr in good else f"diverged (lr {lr:g})")
         best = max(good, key=lambda lr: statistics.mean(next(iter(one.values())) for one in good[lr]))
-        print(table_row(task, line, summary(good[best], best), paper), flush=True)
+        print(table_row(task, line, summary(good[best], best), paper, its_data), flush=True)
         write_json(Path(args.out, "results.json"), found | {"encoder": line, "best lr": best})
     return 0
 

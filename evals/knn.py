@@ -9,6 +9,7 @@ its class with weight exp(cosine / temperature). Features are kept in half preci
 """
 
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -85,6 +86,11 @@ def open_folder(folder: Path, size: int, classes: list[str] | None = None, subse
     return data
 
 
+def is_imagenet_100(classes: list[str], images: int) -> bool:
+    """By its classes' names and its number of validation images."""
+    return len(classes) == 100 and images == 5_000 and all(re.fullmatch(r"n\d{8}", name) for name in classes)
+
+
 def crops(data: ImageFolder, indices, args) -> DataLoader:
     """Batches of (images, labels) of these indices."""
     return DataLoader(Subset(data, indices), args.batch_size, num_workers=args.workers)
@@ -158,7 +164,7 @@ def evaluate(args) -> int:
         task = f"k-NN, {args.data[0].name}, k = {args.k[0]}, {len(val)} images of {len(train.classes)} classes"
         ours = f"top-1 {a['top-1']:.1f} %, top-5 {a['top-5']:.1f} %"
         paper = "85.5 % (Table 4: ImageNet-100, after 300 epochs on it; k, temperature and whether top-1 not given)"
-        print(table_row(task, line, ours, paper), flush=True)
+        print(table_row(task, line, ours, paper, is_imagenet_100(train.classes, len(val))), flush=True)
         counts = {"train": len(train), "val": len(val), "classes": len(train.classes)}
         about = {"ckpt": args.ckpt, "encoder": line, "data": [str(f) for f in folders]}
         protocol = {"size": args.size, "temperature": args.temperature, "subset": args.subset}

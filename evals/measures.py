@@ -15,9 +15,13 @@ from runtime.pictures import resize_labels
 def segment_images(encoder: torch.nn.Module, images: Tensor, k: int, layer: str = "c4", generator=None) -> Tensor:
     """K-means of each image's own features. images: (B, 3, S, S) normalized -> scores (B, K, H, W), whose argmax is the
     segment. They are linear in the features, so interpolating them interpolates the features."""
-    features = (r2o.encode_c4 if layer == "c4" else r2o.encode)(encoder, images).float()
+    return segment_features((r2o.encode_c4 if layer == "c4" else r2o.encode)(encoder, images), k, generator)
+
+
+def segment_features(features: Tensor, k: int, generator=None) -> Tensor:
+    """segment_images() of features (B, C, H, W)."""
     H, W = features.shape[2:]
-    points = F.normalize(features, dim=1).flatten(2).mT.contiguous()  # (B, HW, C)
+    points = F.normalize(features.float(), dim=1).flatten(2).mT.contiguous()  # (B, HW, C)
     centers, _ = r2o.kmeans(points, k, generator=generator)
     return r2o.cluster_scores(points, centers).mT.unflatten(2, (H, W))
 

@@ -40,6 +40,7 @@ CROPS = {"voc": 513, "cityscapes": 769}  # A.2, which also gives 30,000 steps an
 WHOLE = {"voc": None, "cityscapes": (1025, 2049)}  # what images are resized to, before scaling and for evaluation
 LR = {"voc": [0.01], "cityscapes": [0.04]}  # the authors' configs'
 SWEEPS = {"voc": [0.001, 0.003, 0.01, 0.03, 0.1], "cityscapes": [0.004, 0.01, 0.04]}
+IMAGES = {"voc": 1_449, "cityscapes": 500}  # of val, by which the data set is recognized
 TITLES = {"voc": "PASCAL VOC", "cityscapes": "Cityscapes"}
 PAPER = {
     "voc": "77.3 (Table 1), 77.2 ± 0.15 (Table 5); after COCO 74.3 (Table 2), after ImageNet-100 72.1 (Table 4)",
@@ -231,7 +232,7 @@ def segment(args) -> int:
     more |= {"epochs": args.epochs, "steps": args.steps}
     settings = {"data": which, "crop": args.crop, "scales": args.scales}
     measured = functools.partial(train_and_measure, names=NAMES[which], ids=ids, base=base, val=val)
-    return finetune.sweep(args, settings, measured, task, f"mIoU {PAPER[which]}", more)
+    return finetune.sweep(args, settings, measured, task, f"mIoU {PAPER[which]}", len(val) == IMAGES[which], more)
 
 
 def main(argv=None):

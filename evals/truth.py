@@ -158,6 +158,12 @@ def list_cub(folder: Path, split: str) -> list[tuple[Path, Path]]:
     return [(folder / "images" / names[i], (folder / "segmentations" / names[i]).with_suffix(".png")) for i in ids]
 
 
+def is_cub(folder: Path) -> bool:
+    """Whether a folder in CUB's layout holds CUB itself, by its number of images."""
+    names = folder / "images.txt"
+    return names.exists() and len(names.read_bytes().split(b"\n")) in (11_788, 11_789)
+
+
 def list_pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
     """(image, mask) of two folders whose files have the same relative names, apart from the suffix."""
     lists = [list_images(folder, train=False) for folder in (images, masks)]

@@ -119,7 +119,7 @@ def test_a_run_measures_priors_and_masks_and_says_so(pairs, tmp_path, capsys):
     grid = rows["grid", None, None]
     assert 0.01 < grid < 0.2 and all(grid < x <= 1 for key, x in rows.items() if key[0] != "grid")
     printed = capsys.readouterr().out
-    assert f"{grid:.3f}  grid" in printed and "| paper: 0.49 after ImageNet" in printed
+    assert f"{grid:.3f}  grid" in printed and "| paper: none for this data |" in printed
     width, height = Image.open(png).size
     assert width == 820 and height == 440 and np.asarray(Image.open(png).convert("L")).std() > 5
 
@@ -152,6 +152,17 @@ def test_cub_s_layout_mask_folders_and_coco_agree(pairs, tmp_path):
     (cub / "train_test_split.txt").write_text("".join(f"{i + 1} 0\n" for i in range(12)))
     _, birds = measured(tmp_path, "--data", cub, *same)
     assert masks == pytest.approx(coco) and masks == pytest.approx(birds)
+
+
+def test_the_spread_over_starts_of_k_means_is_said(pairs, tmp_path, capsys):
+    data = ["--data", pairs / "images", pairs / "masks", "-k", 4, "--group", 4]
+    one, three = (measured(tmp_path, *data, "--kmeans-seeds", n) for n in (1, 3))
+    printed = capsys.readouterr().out
+    spread = [row["standard deviation"] for row in three[0]["rows"]]
+    assert spread[:2] == [None, None] and min(spread[2:]) > 1e-4 and "over 3 seeds of K-means" in printed
+    assert not any(row["standard deviation"] for row in one[0]["rows"])
+    for key, x in three[1].items():
+        assert (x == one[1][key]) == (key[1] is None)  # SLIC and grid are as they were
 
 
 def test_only_the_objects_of_a_trimap_count(pairs, tmp_path, refused):

@@ -12,7 +12,7 @@ from torchvision.models import resnet18, resnet101
 
 import eval_cub
 import r2o
-from evals import measures, truth
+from evals import common, measures, truth
 from runtime.weights import load_encoder
 
 refused = refused_by(eval_cub)
@@ -92,7 +92,9 @@ def test_a_run_prints_and_writes_metrics_and_protocol(cub, tmp_path, capsys):
     assert result["n"] == 6 and result["split"] == "test" and result["layer"] == "c4" and result["size"] == 64
     assert 0.2 < result["foreground IoU"] < 1 and 0.2 < result["mean IoU"] < 1 and 0.3 < result["pixel accuracy"] < 1
     assert f"foreground IoU  {result['foreground IoU']:.3f}" in printed and "n = 6" in printed
-    assert "chosen by the truth" in printed and "Table 3's are ReDO's 1,000 of CUB: pass --split" in printed
+    assert (
+        "chosen by the truth" in printed and "| paper: none for this data |" in printed and "CUB's own" not in printed
+    )
     picture_of = Image.open(png)
     assert picture_of.width == 4 * 132 - 4 and picture_of.height == 16 + 6 * 132 - 4
 
@@ -163,6 +165,37 @@ def test_masks_of_another_shape_than_the_image_are_refused(pairs, tmp_path, refu
     mask.resize((160, 128), 0).save(tmp_path / "masks/05.png")  # the same at twice the size is fine
     flags = ["--ckpt", "random", "--arch", "tiny", "--data", pairs / "images", tmp_path / "masks"]
     assert evaluate(tmp_path, *flags)["n"] == 12
+
+
+def test_the_papers_figure_stands_beside_cub_alone(cub, tmp_path, capsys):
+    """CUB has 11,788 images; other data may be laid out like it."""
+    whole = tmp_path / "whole"
+    shutil.copytree(cub, whole)
+    more = "".join(f"{i + 1} x/{i}.jpg\n" for i in range(12, 11_788))
+    (whole / "images.txt").write_text((cub / "images.txt").read_text() + more)
+    flags = ["--ckpt", "random", "--arch", "tiny", "--kmeans-seeds", 1]
+    evaluate(tmp_path, *flags, "--data", whole)
+    printed = capsys.readouterr().out
+    assert "| paper: mIoU 0.716 (Table 3" in printed and "CUB's own test images; Table 3's are ReDO's 1,000" in printed
+    evaluate(tmp_path, *flags, "--data", whole / "images", whole / "segmentations")
+    assert "| paper: none for this data |" in capsys.readouterr().out
+
+
+def test_the_spread_over_starts_of_k_means_is_said(pairs, tmp_path, capsys):
+    flags = ["--ckpt", "random", "--arch", "tiny", "--data", pairs / "images", pairs / "masks"]
+    one, three = (evaluate(tmp_path, *flags, *more) for more in (["--kmeans-seeds", 1], []))
+    printed = capsys.readouterr().out
+    assert one["standard deviations"] == {} and three["K-means seeds"] == 3 and "± " in printed
+    encoder, _ = load_encoder("random", "tiny")
+    files, _ = truth.open_masks(eval_cub.parse_args([str(f) for f in flags]))
+    squares = common.square_batches([image for image, _ in files], 64)
+    common.calibrate(encoder, squares)
+    found = [row[4] for row in common.segmented(encoder, files, 5, "c4", 64, "cpu", seeds=3)]
+    means = [np.mean([metrics[seed]["foreground IoU"] for metrics in found]) for seed in range(3)]
+    assert one["foreground IoU"] == pytest.approx(means[0]) and three["foreground IoU"] == pytest.approx(np.mean(means))
+    sd = three["standard deviations"]["foreground IoU"]
+    assert sd == pytest.approx(np.std(means, ddof=1)) and sd > 1e-4
+    assert f"foreground IoU  {np.mean(means):.3f} ± {sd:.3f}" in printed
 
 
 def test_any_pair_of_folders_of_images_and_masks_will_do(cub, tmp_path):

@@ -93,7 +93,7 @@ def test_colors_are_told_apart_by_one_process_and_by_two(colors, tmp_path, capsy
     one, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert one["k"] == {"3": {"top-1": 100, "top-5": 100}, "1": {"top-1": 100, "top-5": 100}}
     assert (one["train"], one["val"], one["classes"]) == (18, 9, 3)
-    assert "| ours: top-1 100.0 %, top-5 100.0 % | paper: 85.5 % (Table 4" in printed
+    assert "| ours: top-1 100.0 %, top-5 100.0 % | paper: none for this data |" in printed
     out = tmp_path / "two.json"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "evals.knn"]
     folders = [str(colors / "train"), str(colors / "val")]
@@ -160,6 +160,12 @@ def test_classes_are_those_of_the_training_folders_that_hold_images(colors, tmp_
     data = knn.open_folder(val, 32, ["blue", "green", "red"])
     assert [label for _, label in data.samples] == [2] * 4
     pickle.dumps(data)  # for workers that are spawned
+
+
+def test_imagenet_100_is_known_by_its_names_and_size():
+    names = [f"n{i:08}" for i in range(100)]
+    assert knn.is_imagenet_100(names, 5000) and not knn.is_imagenet_100(names, 2000)  # tiny-imagenet-100 is not
+    assert not knn.is_imagenet_100([f"dog{i}" for i in range(100)], 5000) and not knn.is_imagenet_100(names[:99], 5000)
 
 
 def test_a_subset_s_classes_alone_are_read(colors, tmp_path, refused):
