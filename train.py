@@ -7,8 +7,8 @@
 OUT receives last.pth (from which training resumes automatically), previous.pth, log.jsonl, strip.png and, at the end,
 r2o.pth: the online encoder under torchvision's parameter names.
 
-Exit status: 0 finished; 2 bad arguments, data, disk or loss, in one line; 75 stopped by SIGTERM or SIGUSR1 after
-saving: rerun the same command to resume. Under torchrun the status is torchrun's own, 1 for 2 and 75.
+Exit status: 0 finished; 2 bad arguments, data, disk, memory or loss, in one line; 75 stopped by SIGTERM or SIGUSR1, 130
+by Ctrl-C, after saving: rerun the same command to resume. Under torchrun the status is torchrun's own, 1 for these.
 """
 
 import contextlib
@@ -255,7 +255,7 @@ def train(args, signals: distributed.StopSignals) -> int:
         k, lr, tau = schedule(step)
         guard.remember()  # batch norm's statistics
         stats = forward_backward(ddp, batches, args.accum, k, seed=(args.seed << 32) + step)
-        finite, stop = distributed.agree(guard.finite(stats["loss"]), signals.received)  # the same on all ranks
+        finite, stop = distributed.agree(guard.finite(stats["loss"]), bool(signals.received))  # the same on all ranks
         if finite:
             update(model, optimizer, lr, tau)
         else:
@@ -282,7 +282,7 @@ def train(args, signals: distributed.StopSignals) -> int:
         if stop and not last:
             if rank == 0:
                 print(f"stop requested: saved after step {progress.step}; rerun the same command to resume", flush=True)
-            return distributed.STOPPED
+            return signals.received or distributed.STOPPED  # of another rank
 
     if rank == 0:
         path = out / "r2o.pth"

@@ -106,7 +106,8 @@ def measure(tested: list[Tested], ks: list[list[int]], truth: Truth, args, devic
     K-means; their standard deviations, for those of several; and the number of objects."""
     order = np.random.default_rng(0).permutation(len(truth)).tolist()  # neighboring files often share a class
     groups = [order[i : i + args.group] for i in range(0, len(order), args.group)]
-    loader = DataLoader(truth, batch_sampler=groups, num_workers=args.workers, collate_fn=list)
+    settings = {"num_workers": args.workers, "worker_init_fn": distributed.ignore_stop_signals, "collate_fn": list}
+    loader = DataLoader(truth, batch_sampler=groups, **settings)
     sums, total = {}, 0
     with cli.bar(total=len(truth), desc="overlap", unit="img") as bar:
         for number, group in enumerate(loader):

@@ -30,7 +30,11 @@ from runtime.weights import load_encoder, read_weights
 
 
 class Stopped(Exception):
-    """A stop signal came, and the run has been saved."""
+    """A stop signal came, and the run has been saved. status: to exit with."""
+
+    def __init__(self, message: str = "", status: int = distributed.STOPPED):
+        super().__init__(message)
+        self.status = status
 
 
 class Diverged(Exception):
@@ -149,7 +153,7 @@ def fit(
             loss = loss_of(ddp, samples)
             optimizer.zero_grad()
             loss.backward()
-            finite, stop = distributed.agree(loss.detach().isfinite(), signals.received)
+            finite, stop = distributed.agree(loss.detach().isfinite(), bool(signals.received))
             if not finite:
                 raise Diverged(f"the loss of step {step + 1} of {run.out} is not finite: lower --lr")
             optimizer.step()
@@ -158,7 +162,8 @@ def fit(
             if step + 1 == steps or stop or (step + 1) % args.save_every == 0:
                 checkpoint.save(required=stop, step=step + 1)
             if stop:
-                raise Stopped(f"stop requested: saved after step {step + 1}; rerun the same command to resume")
+                said = f"stop requested: saved after step {step + 1}; rerun the same command to resume"
+                raise Stopped(said, signals.received or distributed.STOPPED)
     run.steps = steps, steps
     for x in model.buffers() if world > 1 else []:  # without SyncBatchNorm every rank has its own statistics
         dist.broadcast(x, 0)
@@ -238,7 +243,7 @@ def sweep(args, settings: dict, train_and_measure, task: str, paper: str, its_da
         except Stopped as e:
             if rank == 0:
                 print(e, flush=True)
-            return distributed.STOPPED
+            return e.status
         except Diverged as e:  # on all ranks
             if rank == 0:
                 print(f"diverged: {e}", file=sys.stderr, flush=True)

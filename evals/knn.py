@@ -93,7 +93,8 @@ def is_imagenet_100(classes: list[str], images: int) -> bool:
 
 def crops(data: ImageFolder, indices, args) -> DataLoader:
     """Batches of (images, labels) of these indices."""
-    return DataLoader(Subset(data, indices), args.batch_size, num_workers=args.workers)
+    settings = {"num_workers": args.workers, "worker_init_fn": distributed.ignore_stop_signals}
+    return DataLoader(Subset(data, indices), args.batch_size, **settings)
 
 
 @torch.no_grad()

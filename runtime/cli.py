@@ -34,24 +34,42 @@ def printable(text: str) -> str:
 
 
 def run(program: str, work):
-    """Exit with the status that work() returns; with 2, after one line on stderr, for bad input or a full GPU."""
+    """Exit with the status that work() returns; after one line on stderr, with 2 for bad input, too little memory or a
+    dead loader worker, and with 130 after Ctrl-C."""
     problem, status = None, 2
     try:
         status = work()
     except UsageError as e:  # from a loader worker, the last line of its traceback
         problem = str(e).splitlines()[-1].removeprefix(f"{UsageError.__module__}.{UsageError.__qualname__}: ")
-    except torch.OutOfMemoryError as e:
-        problem = f"the GPU's memory is too small ({str(e).splitlines()[0]}): lower --batch-size or raise --accum"
-    except Exception:
-        if not dist.is_initialized():
-            raise
-        traceback.print_exc()
-        status = 1
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        status = distributed.INTERRUPTED
+    except Exception as e:
+        problem = environment_problem(e)
+        if not problem:
+            if not dist.is_initialized():
+                raise
+            traceback.print_exc()
+            status = 1
     if problem:  # on every rank: this may be the only one that knows
         print(f"{program}: error: {printable(problem)}", file=sys.stderr)
     distributed.leave_process_group(status)
     if status:
         sys.exit(status)
+
+
+def environment_problem(e: Exception) -> str:
+    """What to say of an error that the machine caused, not the program; "" of others."""
+    said, lower = str(e), "lower --batch-size, or raise --accum where there is one"
+    if isinstance(e, torch.OutOfMemoryError):
+        return f"the GPU's memory is too small ({said.splitlines()[0]}): {lower}"
+    if isinstance(e, MemoryError) or "DefaultCPUAllocator" in said:
+        return f"the memory is too small ({said.splitlines()[0] if said else 'MemoryError'}): {lower}"
+    if "shared memory" in said or "unable to write to file </torch_" in said or "unable to open shared memory" in said:
+        return "/dev/shm is too small for the loader's batches: enlarge it (docker: --shm-size=8g), or pass --workers 0"
+    if re.search(r"DataLoader worker .*(killed|exited)", said):
+        return "a loader worker was killed, perhaps for want of memory: lower --workers, and rerun the command"
+    return ""
 
 
 def warn(message: str):

@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-STOPPED = 75  # exit status of a run that was stopped and has saved its state: EX_TEMPFAIL, try again
+# Exit statuses of a run that has saved its state: told to stop (EX_TEMPFAIL, try again), or by Ctrl-C.
+STOPPED, INTERRUPTED = 75, 130
+STOP_SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 
 
 def cores() -> int:
@@ -85,21 +87,27 @@ def agree(finite: torch.Tensor, stop_requested: bool) -> tuple[bool, bool]:
 
 
 class StopSignals:
-    """A context in which SIGTERM and SIGUSR1 end the program with status STOPPED; while `deferred` is set they set
-    `received` instead, and the program ends itself when it has saved its state."""
+    """A context in which SIGTERM and SIGUSR1 end the program with status STOPPED, and Ctrl-C with INTERRUPTED. While
+    `deferred` is set they set `received` to that status instead, and the program ends itself when it has saved its
+    state; a second Ctrl-C ends it at once."""
 
     def __init__(self, deferred: bool = False):
-        self.deferred, self.received = deferred, False
+        self.deferred, self.received = deferred, 0
 
     def __enter__(self):
-        self.before = {n: signal.signal(n, self._receive) for n in (signal.SIGTERM, signal.SIGUSR1)}
+        self.before = {n: signal.signal(n, self._receive) for n in STOP_SIGNALS}
         return self
 
-    def _receive(self, *_):
-        if self.deferred:
-            self.received = True
-        else:  # at once in a process group: the other processes may already be gone
-            (os._exit if dist.is_initialized() else sys.exit)(STOPPED)
+    def _receive(self, number, _):
+        status = INTERRUPTED if number == signal.SIGINT else STOPPED
+        if self.deferred and not self.received == status == INTERRUPTED:
+            self.received = status
+        elif dist.is_initialized():  # at once: the other processes may already be gone
+            os._exit(status)
+        elif status == INTERRUPTED:
+            raise KeyboardInterrupt
+        else:
+            sys.exit(status)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -107,8 +115,8 @@ class StopSignals:
 
 
 def ignore_stop_signals(worker: int):
-    """For loader workers, which the training process shuts down itself; batch systems signal every process."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    """For loader workers, which the training process shuts down itself; terminals and batch systems signal all."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -125,7 +133,7 @@ def leave_process_group(status: int):
     """Call this after the model under DDP is gone: gloo can deadlock if DDP destroys the group. After an error, exit at
     once so that torchrun restarts the others: a goodbye to processes that are gone can hang."""
     if dist.is_initialized():
-        if status in (1, 2):
+        if status in (1, 2, INTERRUPTED):
             sys.stderr.flush()
             os._exit(status)
         dist.destroy_process_group()

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import r2o
+from runtime import distributed
 from runtime.cli import UsageError, bar, need, printable
 from runtime.images import ImageList, read_image
 from runtime.storage import make_folder, save_atomically, try_lock
@@ -77,6 +78,7 @@ def _make_maps(images: ImageList, path: Path, header_path: Path, made_from: dict
     need(free >= needed, f"the region maps need {room}: free some, or name another file with --regions")
     priors = _Priors(images, made_from["prior"], made_from["num_segments"], size)
     ahead = {"num_workers": workers, "prefetch_factor": 8 if workers else None}
+    ahead["worker_init_fn"] = distributed.ignore_stop_signals
     loader = DataLoader(priors, batch_size=None, sampler=range(done, n), **ahead)
     try:
         with open(partial, "r+b" if done else "w+b") as f:
@@ -100,6 +102,12 @@ def _make_maps(images: ImageList, path: Path, header_path: Path, made_from: dict
                     _save_json(progress, state | {"made_from": made_from})
         _save_json(header_path, made_from | {key: state[key] for key in ("num_regions", "unreadable")})
         os.replace(partial, path)
+    except (SystemExit, KeyboardInterrupt):
+        kept = json.loads(progress.read_text())["done"] if progress.exists() else 0
+        print(
+            f"stopped: {kept} of {n} region maps are kept; rerun the same command to go on", file=sys.stderr, flush=True
+        )
+        raise
     except OSError as e:
         raise UsageError(f"cannot write {partial} ({e.strerror or e}): make room and rerun the command") from None
     progress.unlink()

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, command, load, run, same
+from conftest import ROOT, SMALL, command, load, picture, run, same
 
 import r2o
 import train
-from runtime import checkpoint, distributed, report
+from runtime import checkpoint, cli, distributed, report
 from runtime.progress import NonFiniteGuard, Progress
 from runtime.storage import save_atomically, try_lock
 
@@ -76,20 +76,98 @@ def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_bits(photos, f
 # ---- stop signals ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 @pytest.mark.slow
-def test_a_stop_signal_saves_at_the_next_step_and_exits_with_75(photos, finished, tmp_path, number):
-    """Sent to all processes, loader's workers too, as batch systems do."""
+def test_a_stop_signal_saves_at_the_next_step_and_has_its_exit_status(photos, finished, tmp_path, number, status):
+    """Sent to all processes, loader's workers too, as batch systems, and terminals at Ctrl-C, do."""
     out = tmp_path / "out"
     process = start(command(photos, out, "--workers", "2"))
     wait_for((out / "last.pth").exists, process)
     os.killpg(process.pid, number)
     printed = process.communicate(timeout=60)[0]
-    assert process.returncode == distributed.STOPPED == 75, printed
+    assert process.returncode == status, printed
     saved = int(re.search(r"stop requested: saved after step (\d+)", printed)[1])
     assert 3 < saved < 9 and load(out / "last.pth")["step"] == saved and "Traceback" not in printed
     assert f"resuming after step {saved}" in run(photos, out)
     assert_same_end(out, finished[0])
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.slow
+def test_stopped_in_the_midst_of_the_region_maps_it_says_how_many_are_kept(tmp_path, number, status):
+    for i in range(60):
+        picture(i, (500, 400)).save(tmp_path / f"{i:02}.jpg")
+    out = tmp_path / "out"
+    process = start(command(tmp_path, out, "--prepare", "--size", "224", "--workers", "1"))
+    wait_for((out / "regions.progress").exists, process)
+    os.killpg(process.pid, number)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == status and "Traceback" not in printed, printed
+    kept = int(re.search(r"stopped: (\d+) of 60 region maps are kept; rerun the same command to go on", printed)[1])
+    assert 0 < kept < 60 and json.loads((out / "regions.progress").read_text())["done"] == kept
+    printed = subprocess.run(
+        command(tmp_path, out, "--prepare", "--size", "224"), cwd=ROOT, capture_output=True, text=True
+    )
+    assert printed.returncode == 0 and f"{kept}/60" in printed.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_an_evaluation_with_one_line_and_130(pairs, tmp_path):
+    flags = ["--ckpt", "random", "--arch", "resnet18", "--json", str(tmp_path / "x.json"), "--workers", "1"]
+    program = [sys.executable, "-m", "evals.abo", "--data", str(pairs / "images"), str(pairs / "masks"), *flags]
+    process = start(program)
+    wait_for(lambda: children(process), process)  # its loader's worker
+    os.killpg(process.pid, signal.SIGINT)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "evals.abo: interrupted" in printed and "Traceback" not in printed, printed
+
+
+@pytest.mark.slow
+def test_a_killed_loader_worker_ends_the_run_with_one_line(photos, tmp_path):
+    process = start(command(photos, tmp_path / "out", "--epochs", "500", "--workers", "1"))
+    wait_for((tmp_path / "out/last.pth").exists, process)
+    os.kill(children(process)[-1], signal.SIGKILL)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 2 and "Traceback" not in printed, printed
+    assert "a loader worker was killed, perhaps for want of memory: lower --workers" in printed
+    assert load(tmp_path / "out/last.pth")["step"] >= 3
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried …"), "the GPU's memory is too small (CUDA out of memory"),
+        (MemoryError(), "the memory is too small (MemoryError): lower --batch-size"),
+        (RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)"), "/dev/shm is too small"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. … out of shared memory."),
+            "/dev/shm is",
+        ),
+    ],
+)
+def test_what_the_machine_lacks_is_said_in_one_line(capsys, error, said):
+    def work():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run("program", work)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"program: error: {said}")
+
+
+def test_too_little_memory_on_a_cpu_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.run("program", lambda: torch.empty(2**50))
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and "program: error: the memory is too small (" in lines[0]
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    with distributed.StopSignals(deferred=True) as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == 130
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize("whom", ["torchrun", "one worker"])
