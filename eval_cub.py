@@ -12,7 +12,16 @@ foreground's IoU over images: hold that against the paper's "mIOU", which does n
 
 import r2o
 from evals import common
-from evals.common import add_encoder_flags, add_seeds_flag, calibrated_encoder, need_writable, square_batches, table_row
+from evals.common import (
+    add_encoder_flags,
+    add_json_flag,
+    add_seeds_flag,
+    calibrated_encoder,
+    free_name,
+    need_writable,
+    square_batches,
+    table_row,
+)
 from evals.truth import add_truth_flags, is_cub, open_masks
 from runtime import cli, distributed
 from runtime.pictures import evenly, film_strip
@@ -30,13 +39,14 @@ def parse_args(argv):
     p.add_argument("--size", type=cli.number(int, 32), default=224, help=size)
     p.add_argument("-k", type=cli.number(int, 1, 256), default=5, help="segments per image")
     add_seeds_flag(p)
-    p.add_argument("--json", default="eval_cub.json", help="file for the results")
+    add_json_flag(p, "eval_cub")
     vis = "also draw 8 images, their segments, the one called foreground, and the truth"
     p.add_argument("--vis", metavar="PNG", help=vis)
     return p.parse_args(argv)
 
 
 def evaluate(args) -> int:
+    args.json = args.json or free_name("eval_cub")
     need_writable(args.json, args.vis)
     pairs, read = open_masks(args)
     device = distributed.place()[2]
@@ -64,6 +74,7 @@ def evaluate(args) -> int:
     ours = ", ".join(f"{name} {figures[name]}" for name in METRICS)
     task = f"{args.data[0].name}, K = {args.k}, n = {means['n']}"
     paper = "mIoU 0.716 (Table 3, ReDO's 1,000 images of CUB)"
+    print(f"results: {args.json}")
     print(table_row(task, line, ours, paper, its_data=split != "all" and is_cub(args.data[0])), flush=True)
     protocol = {"layer": args.layer, "size": args.size, "K": args.k, "split": split, "matching": "by the truth"}
     means |= {"K-means seeds": args.kmeans_seeds, "standard deviations": spread}

@@ -23,8 +23,10 @@ import r2o
 from evals.common import (
     Tested,
     add_encoder_flags,
+    add_json_flag,
     add_network_flag,
     add_seeds_flag,
+    free_name,
     group_masks,
     need_writable,
     open_checkpoints,
@@ -52,7 +54,7 @@ def parse_args(argv):
     add_seeds_flag(p)
     p.add_argument("--min-area", type=count, default=1, help="smallest object that counts, in pixels")
     p.add_argument("--workers", type=natural, default=distributed.cores_per_process(), help="that read images")
-    p.add_argument("--json", default="eval_abo.json", help="file for the results")
+    add_json_flag(p, "eval_abo")
     p.add_argument("--plot", metavar="PNG", help="also draw the overlap over epochs, or over K")
     args = p.parse_args(argv)
     if args.plot:
@@ -110,7 +112,7 @@ def measure(tested: list[Tested], ks: list[list[int]], truth: Truth, args, devic
     loader = DataLoader(truth, batch_sampler=groups, **settings)
     sums, total = {}, 0
     with cli.bar(total=len(truth), desc="overlap", unit="img") as bar:
-        for number, group in enumerate(loader):
+        for number, group in enumerate(distributed.iterate(loader)):
             every = [objects[(objects & ~void).flatten(1).sum(1) >= args.min_area] for _, _, objects, void in group]
             for key, seed, masks in all_masks(tested, ks, group, number, args.kmeans_seeds, device):
                 best = (best_overlap(m, o, row[3]) for m, o, row in zip(masks.cpu(), every, group, strict=True))
@@ -171,6 +173,7 @@ def plot(curves: dict[str, list[tuple[float, float]]], title: str, across: str, 
 
 
 def evaluate(args) -> int:
+    args.json = args.json or free_name("eval_abo")
     need_writable(args.json, args.plot)
     truth, device = open_truth(args), distributed.place()[2]
     some = [pickle.loads(truth.rows[i])[0] for i in range(min(256, len(truth)))]
@@ -190,6 +193,7 @@ def evaluate(args) -> int:
     ours += f"{figures['SLIC prior', None, None]} (SLIC prior), {figures['grid', None, None]} (grid)"
     task = f"best overlap, {args.data[0].name}, K = {k}, {total} objects"
     imagenet_s = len(truth) in (12_419, 4_097, 752) and bool(re.fullmatch(r"n\d{8}", some[0].parent.name))
+    print(f"results: {args.json}")
     print(table_row(task, last.line, ours, "0.49 after ImageNet, 0.46 after COCO (Sec. 4.3)", imagenet_s))
     epochs = {one.path: one.epoch for one in tested}
     rows = [

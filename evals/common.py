@@ -1,5 +1,6 @@
 """What the evaluations share: the encoder under test, Table 3's protocol, masks in pictures, a row of a table."""
 
+import itertools
 import os
 import statistics
 from dataclasses import dataclass
@@ -120,6 +121,16 @@ def square_batches(paths: list, size: int):
     """Normalized batches of at most 256 of the images, for calibrate()."""
     for i in range(0, min(len(paths), 256), 32):
         yield r2o.normalize(torch.stack([read_square(path, size) for path in paths[i : i + 32]]))
+
+
+def add_json_flag(p: Parser, stem: str):
+    p.add_argument("--json", help=f"file for the results (default: {stem}.json, or the next free {stem}-2.json, …)")
+
+
+def free_name(stem: str) -> str:
+    """The first of stem.json, stem-2.json, … that does not exist, so that no earlier results are overwritten."""
+    numbered = (f"{stem}-{i}.json" for i in itertools.count(2))
+    return next(name for name in itertools.chain([f"{stem}.json"], numbered) if not os.path.exists(name))
 
 
 def need_writable(*paths: str | Path | None):

@@ -206,7 +206,8 @@ def eval_samples(data: Dataset, workers: int, title: str):
     rank, world, _ = distributed.place()
     share = Subset(data, range(rank, len(data), world))
     settings = {"num_workers": workers, "worker_init_fn": distributed.ignore_stop_signals}
-    return cli.bar(DataLoader(share, batch_size=None, **settings), title, len(share), disable=rank > 0)
+    samples = distributed.iterate(DataLoader(share, batch_size=None, **settings))
+    return cli.bar(samples, title, len(share), disable=rank > 0)
 
 
 def save_strip(rows: list[tuple[Tensor, Tensor, Tensor]], path: Path):

@@ -22,7 +22,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import r2o
-from evals.common import add_encoder_flags, calibrated_encoder, need_writable, table_row
+from evals.common import add_encoder_flags, add_json_flag, calibrated_encoder, free_name, need_writable, table_row
 from evals.measures import QUERIES, nearest, votes
 from evals.truth import readable
 from runtime import cli, distributed
@@ -43,7 +43,7 @@ def parse_args(argv):
     p.add_argument("--size", type=number(int, 32), default=224, help="side of the crops")
     p.add_argument("--batch-size", type=count, default=128, help="images at a time")
     p.add_argument("--workers", type=natural, default=distributed.cores_per_process(), help="per process")
-    p.add_argument("--json", default="eval_knn.json", help="file for the results")
+    add_json_flag(p, "eval_knn")
     return p.parse_args(argv)
 
 
@@ -104,7 +104,7 @@ def features(encoder, data: ImageFolder, rank: int, world: int, args, device, ti
     found = torch.empty(len(own), r2o.channels(encoder.layer4), dtype=torch.half, device=device)
     labels = torch.tensor([label for _, label in data.samples], device=device)[rank::world]
     with cli.bar(desc=title, total=len(own), unit="img", disable=rank > 0) as bar:
-        for i, (images, _) in enumerate(crops(data, own, args)):
+        for i, (images, _) in enumerate(distributed.iterate(crops(data, own, args))):
             c5 = r2o.encode(encoder, r2o.normalize(images.to(device)))
             rows = F.normalize(c5.float().mean((2, 3)), dim=1).half()
             sound = bool(rows.isfinite().all())
@@ -140,8 +140,12 @@ def classify(bank, bank_labels, queries, labels, classes: int, ks: list[int], te
 
 def evaluate(args) -> int:
     need(len(args.data) <= 2, f"--data takes one folder (with train and val) or two, got {len(args.data)}")
+    args.json = args.json or free_name("eval_knn")
     need_writable(args.json)
     folders = args.data if len(args.data) == 2 else [args.data[0] / "train", args.data[0] / "val"]
+    whole = len(args.data) == 2 or all(folder.is_dir() for folder in folders)
+    expected = "pass a folder that holds both, or two folders, with a folder of images for each class"
+    need(whole, f"{args.data[0]} does not hold the folders train and val: {expected}")
     different = folders[0].resolve() != folders[1].resolve()
     need(different, f"--data names {folders[0]} twice: expected training images and others to test on")
     subset = sorted(map(os.fsdecode, read_subset(args.subset))) if args.subset else None
@@ -165,6 +169,7 @@ def evaluate(args) -> int:
         task = f"k-NN, {args.data[0].name}, k = {args.k[0]}, {len(val)} images of {len(train.classes)} classes"
         ours = f"top-1 {a['top-1']:.1f} %, top-5 {a['top-5']:.1f} %"
         paper = "85.5 % (Table 4: ImageNet-100, after 300 epochs on it; k, temperature and whether top-1 not given)"
+        print(f"results: {args.json}")
         print(table_row(task, line, ours, paper, is_imagenet_100(train.classes, len(val))), flush=True)
         counts = {"train": len(train), "val": len(val), "classes": len(train.classes)}
         about = {"ckpt": args.ckpt, "encoder": line, "data": [str(f) for f in folders]}

@@ -81,7 +81,8 @@ class Checkpoint:
         if self.is_rank_0:
             file = self.header | entries | {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
             saved = save_or_warn(self.path, lambda f: torch.save(file, f), keep=self.previous)
-            need(saved or not required, f"stop requested, but {self.path} could not be saved: the previous one is kept")
+            kept = "the previous one is kept" if self.path.exists() else "nothing of this run is kept"
+            need(saved or not required, f"stop requested, but {self.path} could not be saved: {kept}")
 
 
 def need_same(path: Path, then: dict, now: dict, may_change=(), with_changed=()):

@@ -67,7 +67,9 @@ def environment_problem(e: Exception) -> str:
         return f"the memory is too small ({said.splitlines()[0] if said else 'MemoryError'}): {lower}"
     if "shared memory" in said or "unable to write to file </torch_" in said or "unable to open shared memory" in said:
         return "/dev/shm is too small for the loader's batches: enlarge it (docker: --shm-size=8g), or pass --workers 0"
-    if re.search(r"DataLoader worker .*(killed|exited)", said):
+    frames = [frame.filename for frame in traceback.extract_tb(e.__traceback__)]
+    receiving = isinstance(e, (ConnectionError, EOFError)) and any("utils/data/dataloader.py" in f for f in frames)
+    if receiving or re.search(r"DataLoader worker .*(killed|exited)", said):
         return "a loader worker was killed, perhaps for want of memory: lower --workers, and rerun the command"
     return ""
 

@@ -1,11 +1,13 @@
 """Processes that train together: how they meet, stop, and end."""
 
 import atexit
+import contextlib
 import datetime
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import uuid
 
@@ -118,6 +120,33 @@ def ignore_stop_signals(worker: int):
     """For loader workers, which the training process shuts down itself; terminals and batch systems signal all."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def hold_signals():
+    """Stop signals that come inside take effect at the end."""
+    came, hold = [], threading.current_thread() is threading.main_thread()
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in STOP_SIGNALS if hold}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            os.kill(os.getpid(), number)
+
+
+def iterate(loader):
+    """The batches of a loader. A stop signal is held while its workers start, which would die of it with a traceback,
+    and while a batch is received, which would leave its worker with half a message."""
+    with hold_signals():
+        batches = iter(loader)
+    while True:
+        with hold_signals():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 @atexit.register

@@ -52,9 +52,10 @@ def check_batches(args, images: int, num_regions: int):
     divides = share % group == 0 or (group % share == 0 and batch // args.accum % group == 0)
     mend = f"pass --batch-size a multiple of {parts * group}, or another --kmeans-group"
     need(divides, f"{share} images per process do not divide into K-means groups of {group}: {mend}")
+    larger = "--kmeans-group" if group == args.kmeans_group else "--batch-size"
     regions = f"the regions of one K-means ({group} images of at most {num_regions})"
     few = args.masks == "prior" or k <= group * num_regions
-    need(few, f"{k} clusters are more than {regions}: lower --k-start and --k-end, or raise --kmeans-group")
+    need(few, f"{k} clusters are more than {regions}: lower --k-start and --k-end, or raise {larger}")
 
 
 def print_plan(schedule: r2o.Schedule, images: int, world: int, accum: int, group: int):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from runtime.cli import UsageError, need
 
 MAX_SKIPPED = 10  # in a row, after which a run ends
-BEFORE = "the last checkpoint is from before: if it happens again, resume with a lower --lr and --changed"
+BEFORE = "a checkpoint, if there is one, is from before: if it happens again, resume with a lower --lr and --changed"
 # Names in last.pth -> attributes of Progress
 SAVED = {"step": "step", "streak": "skipped_in_a_row", "taken": "steps_done", "skipped": "skipped", "sums": "sums"}
 

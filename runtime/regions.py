@@ -86,7 +86,7 @@ def _make_maps(images: ImageList, path: Path, header_path: Path, made_from: dict
             f.seek(done * size**2, os.SEEK_CUR)
             f.truncate()
             saved_at = time.monotonic()
-            for regions, problem in bar(loader, "region maps", n, unit="img", initial=done):
+            for regions, problem in bar(distributed.iterate(loader), "region maps", n, unit="img", initial=done):
                 f.write(regions.numpy().tobytes())
                 state["num_regions"] = max(state["num_regions"], int(regions.max()) + 1)
                 if problem:

@@ -44,7 +44,8 @@ def save_or_warn(path: str | Path, write, keep: str | Path | None = None) -> boo
     try:
         save_atomically(path, write, keep)
     except OSError as e:
-        warn(f"cannot write {path} ({e.strerror or e}): what was there is kept")
+        kept = "what was there is kept" if os.path.exists(path) else "there is none yet"
+        warn(f"cannot write {path} ({e.strerror or e}): {kept}")
         return False
     return True
 
@@ -72,7 +73,9 @@ def try_lock(path: Path):
         file.close()
         return None
     except OSError as e:
-        raise UsageError(f"cannot lock {path} ({e.strerror}): pass a folder on a disk that supports locks") from None
+        problem = f"cannot write {path}" if e.filename else f"cannot lock {path}"
+        mend = "pass another folder" if e.filename else "pass a folder on a disk that supports locks"
+        raise UsageError(f"{problem} ({e.strerror}): {mend}") from None
 
 
 def lock_output(out: Path):

@@ -99,6 +99,16 @@ def test_a_run_prints_and_writes_metrics_and_protocol(cub, tmp_path, capsys):
     assert picture_of.width == 4 * 132 - 4 and picture_of.height == 16 + 6 * 132 - 4
 
 
+def test_results_overwrite_no_earlier_ones(pairs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--ckpt", "random", "--arch", "tiny", "--data", pairs / "images", pairs / "masks", "--size", 64]
+    for k in (5, 4, 3):
+        eval_cub.main([str(f) for f in (*flags, "-k", k)])
+    names = ["eval_cub.json", "eval_cub-2.json", "eval_cub-3.json"]
+    assert [json.loads((tmp_path / name).read_text())["K"] for name in names] == [5, 4, 3]
+    assert "results: eval_cub-3.json" in capsys.readouterr().out
+
+
 def test_the_same_run_twice_gives_the_same_figures(cub, tmp_path):
     flags = ["--ckpt", "random", "--arch", "tiny", "--data", cub]
     assert evaluate(tmp_path, *flags) == evaluate(tmp_path, *flags)

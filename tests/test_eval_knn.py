@@ -188,7 +188,7 @@ def test_bad_data_and_arguments_are_refused(colors, tmp_path, refused):
     (tmp_path / "empty" / "blue").mkdir(parents=True)
     assert "no images in the folders of" in refused(*FLAGS, "--data", train, tmp_path / "empty")
     assert "-k 19 is more than the 18 training images" in refused(*FLAGS, "--data", colors, "-k", 19)
-    assert "No such file or directory" in refused(*FLAGS, "--data", train)
+    assert "train does not hold the folders train and val: pass a folder that" in refused(*FLAGS, "--data", train)
     assert "twice" in refused(*FLAGS, "--data", train, train)
     for name in ("train", "other"):  # a class that is called train hides no other
         shutil.copytree(train / "red", tmp_path / "classes" / name)

@@ -60,6 +60,11 @@ def test_torchvision_and_timm_load_their_layouts_with_equal_features(ours, tmp_p
     with torch.no_grad():
         assert torch.equal(r2o.encode(net.eval(), ours[2]), ours[3])
     timm = pytest.importorskip("timm", reason="timm is not installed")
+    overlay = {"file": str(convert(ours[0], "timm", tmp_path / "whole.safetensors"))}  # as its users fine-tune
+    net = timm.create_model("resnet18", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(net.forward_features(ours[2]), ours[3])
+        assert net(ours[2]).shape == (2, 10)
     for suffix in ("pth", "safetensors"):
         file = convert(ours[0], "timm", tmp_path / f"timm.{suffix}")
         net = timm.create_model("resnet18", pretrained=False, num_classes=0, checkpoint_path=str(file)).eval()

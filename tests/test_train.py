@@ -177,6 +177,8 @@ def test_one_batch_can_be_overfitted():
         (["--batch-size", "25"], r"--batch-size 25 is larger than the data (24 images): pass at most 24"),
         (["--batch-size", "6"], "6 images per process do not divide into K-means groups of 4"),
         (["--k-start", "900"], "900 clusters are more than the regions of one K-means (4 images of at most"),
+        (["--k-start", "900"], "lower --k-start and --k-end, or raise --kmeans-group"),
+        (["--k-start", "900", "--kmeans-group", "16"], "lower --k-start and --k-end, or raise --batch-size"),
         (["--size", "40"], "pass a multiple of 32"),
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--workers", "-1"], "--workers must be at least 0, got -1"),
