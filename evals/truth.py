@@ -99,7 +99,8 @@ def read_ids(path: str | Path, kind: str = "auto", foreground=None, void=None) -
 def _values(path) -> Tensor:
     """The values of a mask file (h, w), as stored: indices of a palette, gray levels, or ImageNet-S's ids."""
     with Image.open(path) as file:
-        stored = file if file.mode in ("P", "RGB") or file.mode.startswith("I") else file.convert("L")
+        kept = file.mode in ("P", "L") or file.mode.startswith("I")
+        stored = file if kept else file.convert("RGB")
         pixels = torch.from_numpy(np.array(stored).astype(np.int64))
     if pixels.ndim == 2:
         return pixels

@@ -158,7 +158,8 @@ def test_ids_of_objects_and_void_are_those_that_the_flags_name(tmp_path):
     palette.save(tmp_path / "palette.png")
     Image.fromarray(np.stack([values] * 3, 2)).save(tmp_path / "rgb.png")
     Image.fromarray(values.astype(np.uint16)).save(tmp_path / "sixteen.png")
-    for name in ("gray", "palette", "rgb", "sixteen"):
+    Image.fromarray(np.dstack([values] * 3 + [np.full_like(values, 255)])).save(tmp_path / "alpha.png")
+    for name in ("gray", "palette", "rgb", "sixteen", "alpha"):
         path = tmp_path / f"{name}.png"
         read = truth.read_ids(path, "ids", foreground=[7, 0], void=[2])
         assert read.tolist() == [[2, 0, -1], [1, 0, 0]], name
