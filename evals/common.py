@@ -28,7 +28,9 @@ def add_encoder_flags(p: Parser):
 
 
 def add_seeds_flag(p: Parser):
-    p.add_argument("--kmeans-seeds", type=count, default=3, help="K-means runs, of a start each; 1: no spread")
+    p.add_argument(
+        "--kmeans-seeds", type=count, default=3, help="independent K-means runs to average over; 1: no spread"
+    )
 
 
 def add_network_flag(p: Parser):

@@ -262,11 +262,11 @@ def sweep(args, settings: dict, train_and_measure, task: str, paper: str, its_da
             raise UsageError(f"a run diverged at each of the learning rates {args.lr}: pass lower ones with --lr")
         for name, steps in unfinished.items():
             print(f"{name}: not finished, after {steps}")
-        if unfinished:
-            task += f", NOT FINISHED (after {next(iter(unfinished.values()))})"
         for lr in scores:
             print(summary(good[lr], lr) if lr in good else f"diverged (lr {lr:g})")
         best = max(good, key=lambda lr: statistics.mean(next(iter(one.values())) for one in good[lr]))
+        if parts := {steps for name, steps in unfinished.items() if name.startswith(f"lr{best:g}-seed")}:
+            task += f", NOT FINISHED (after {', '.join(sorted(parts))})"
         print(table_row(task, line, summary(good[best], best), paper, its_data), flush=True)
         write_json(Path(args.out, "results.json"), found | {"encoder": line, "best lr": best})
     return 0

@@ -46,6 +46,8 @@ def open_masks(args) -> tuple[list[tuple[Path, Path]], Callable]:
     pairs = list_masks(args.data, args.split)
     chosen = args.foreground or args.void
     need(not chosen or args.masks != "binary", "--masks binary has no ids: leave --foreground and --void out")
+    both = sorted({*(args.foreground or [])} & {*(args.void or [])})
+    need(not both, f"--foreground and --void both name {', '.join(map(str, both))}: name an id once")
     read = partial(read_ids, kind="ids" if chosen else args.masks, foreground=args.foreground, void=args.void)
     some = [pairs[i] for i in dict.fromkeys(evenly(len(pairs), 64))]
     maps = [readable(read, mask) for _, mask in some]
@@ -53,10 +55,11 @@ def open_masks(args) -> tuple[list[tuple[Path, Path]], Callable]:
     if with_ground < len(some) / 10:
         for (path, _), ids in zip(some, maps, strict=True):
             need_same_shape(path, readable(read_image, path), ids)
-        seen = sorted({int(i) for ids in maps for i in ids.unique() if i >= 0})
+        stored = [_values(mask)[0] for _, mask in some] if chosen else maps
+        seen = sorted({int(i) for ids in stored for i in ids.unique() if i >= 0})
         values = f"they hold the ids {', '.join(map(str, seen[:8]))}{', …' * (len(seen) > 8)}"
         which = "say which are objects with --foreground, and which to ignore with --void"
-        raise UsageError(f"{with_ground} of {len(some)} masks have any background (0); {values}: {which}")
+        raise UsageError(f"only {with_ground} of {len(some)} masks have background (0); {values}: {which}")
     return pairs, read
 
 
@@ -75,11 +78,12 @@ def read_ids(path: str | Path, kind: str = "auto", foreground=None, void=None) -
     are objects, which become 1, 2, …; the others become background (default: all but 0). void: those that become void.
     """
     if foreground or void:
-        values = _values(path)
+        values, default = _values(path)
         ids = torch.zeros_like(values) if foreground else values.clone()
         for i, value in enumerate(foreground or [], 1):
             ids[values == value] = i
-        return torch.where(torch.isin(values, torch.tensor(void or [255])), -1, ids)
+        void = void or [i for i in default if i not in (foreground or [])]
+        return torch.where(torch.isin(values, torch.tensor([-1, *void])), -1, ids)
     with Image.open(path) as file:
         if file.mode.startswith("I"):  # 16 bits
             ids = torch.from_numpy(np.array(file).astype(np.int64))
@@ -96,16 +100,19 @@ def read_ids(path: str | Path, kind: str = "auto", foreground=None, void=None) -
     return (gray > 127).long()
 
 
-def _values(path) -> Tensor:
-    """The values of a mask file (h, w), as stored: indices of a palette, gray levels, or ImageNet-S's ids."""
+def _values(path) -> tuple[Tensor, list[int]]:
+    """The values of a mask file (h, w), as stored: indices of a palette, gray levels, 0 and 1 of one bit, 16 bits, or
+    ImageNet-S's ids, with -1 for its void; and those that are void unless others are named."""
     with Image.open(path) as file:
-        kept = file.mode in ("P", "L") or file.mode.startswith("I")
+        kept = file.mode in ("1", "P", "L") or file.mode.startswith("I")
         stored = file if kept else file.convert("RGB")
         pixels = torch.from_numpy(np.array(stored).astype(np.int64))
+        default = [] if file.mode.startswith("I") else [255]
     if pixels.ndim == 2:
-        return pixels
-    gray = (pixels == pixels[..., :1]).all()
-    return pixels[..., 0] if gray else _ids_of_colors(pixels, path)
+        return pixels, default
+    if (pixels == pixels[..., :1]).all():
+        return pixels[..., 0], default
+    return _ids_of_colors(pixels, path), []
 
 
 def _ids_of_colors(pixels: Tensor, path) -> Tensor:

@@ -124,16 +124,28 @@ def ignore_stop_signals(worker: int):
 
 @contextlib.contextmanager
 def hold_signals():
-    """Stop signals that come inside take effect at the end."""
-    came, hold = [], threading.current_thread() is threading.main_thread()
-    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in STOP_SIGNALS if hold}
+    """A stop signal that comes inside takes effect at the end, a second one at once."""
+    came, before = [], {}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def receive(number, _):
+        came.append(number)
+        if len(came) > 1:
+            restore()
+            os.kill(os.getpid(), number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            before[number] = signal.signal(number, receive)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for number in came[:1]:
-            os.kill(os.getpid(), number)
+        restore()
+        if len(came) == 1:
+            os.kill(os.getpid(), came[0])
 
 
 def iterate(loader):

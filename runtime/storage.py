@@ -44,7 +44,7 @@ def save_or_warn(path: str | Path, write, keep: str | Path | None = None) -> boo
     try:
         save_atomically(path, write, keep)
     except OSError as e:
-        kept = "what was there is kept" if os.path.exists(path) else "there is none yet"
+        kept = "what was there is kept" if os.path.exists(path) else "no earlier one exists"
         warn(f"cannot write {path} ({e.strerror or e}): {kept}")
         return False
     return True

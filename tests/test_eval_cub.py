@@ -139,7 +139,7 @@ def test_trimaps_are_refused_until_object_and_border_are_named(pairs, tmp_path, 
     masks = trimaps(pairs, tmp_path / "trimaps")
     flags = ["--ckpt", "random", "--arch", "tiny", "--data", pairs / "images"]
     line = refused(*flags, masks)
-    assert "0 of 12 masks have any background (0); they hold the ids 1, 2, 3: say which are objects with" in line
+    assert "only 0 of 12 masks have background (0); they hold the ids 1, 2, 3: say which are objects with" in line
     plain, named = evaluate(tmp_path, *flags, pairs / "masks"), [*flags, masks, "--foreground", 1, "--void", 3]
     found = evaluate(tmp_path, *named)
     assert found["n"] == 12 and found["foreground IoU"] == pytest.approx(plain["foreground IoU"], abs=0.08)
@@ -147,7 +147,10 @@ def test_trimaps_are_refused_until_object_and_border_are_named(pairs, tmp_path, 
     assert ground["foreground IoU"] != pytest.approx(found["foreground IoU"], abs=0.02)
     assert "leave --foreground and --void out" in refused(*named, "--masks", "binary")
     assert "--void must be at least 0" in refused(*flags, masks, "--void", -1)
-    assert "they hold the ids 1, 2, 3" in refused(*flags, masks, "--foreground", 1, 2, 3)
+    assert "they hold the ids 1, 2, 3" in refused(*flags, masks, "--foreground", 3, 2, 1)
+    assert "both name 3: name an id once" in refused(*flags, masks, "--foreground", 1, 3, "--void", 3)
+    others = trimaps(pairs, tmp_path / "others", (10, 20, 30))
+    assert "they hold the ids 10, 20, 30" in refused(*flags, others, "--foreground", 10, 20, 30)
 
 
 def test_ids_of_objects_and_void_are_those_that_the_flags_name(tmp_path):
@@ -163,8 +166,16 @@ def test_ids_of_objects_and_void_are_those_that_the_flags_name(tmp_path):
         path = tmp_path / f"{name}.png"
         read = truth.read_ids(path, "ids", foreground=[7, 0], void=[2])
         assert read.tolist() == [[2, 0, -1], [1, 0, 0]], name
-        assert truth.read_ids(path, "ids", foreground=[7]).tolist() == [[0, 0, 0], [1, 0, -1]]
+        white = 0 if name == "sixteen" else -1  # 16 bits have no void of their own
+        assert truth.read_ids(path, "ids", foreground=[7]).tolist() == [[0, 0, 0], [1, 0, white]]
+        assert truth.read_ids(path, "ids", foreground=[255]).tolist() == [[0, 0, 0], [0, 0, 1]]
         assert truth.read_ids(path, "ids", void=[1, 30]).tolist() == [[0, -1, 2], [7, -1, 255]]
+    Image.fromarray(values == 7).save(tmp_path / "one.png")
+    assert truth.read_ids(tmp_path / "one.png", foreground=[1]).tolist() == [[0, 0, 0], [1, 0, 0]]
+    colors = np.zeros((2, 3, 3), np.uint8)
+    colors[0, 0, :2], colors[0, 1, :2], colors[1, 1] = (232, 3), (5, 0), (255, 0, 0)  # 1000, void; 5; 255, a class
+    Image.fromarray(colors).save(tmp_path / "s.png")
+    assert truth.read_ids(tmp_path / "s.png", foreground=[5, 255]).tolist() == [[-1, 1, 0], [0, 2, 0]]
 
 
 def test_masks_of_another_shape_than_the_image_are_refused(pairs, tmp_path, refused):
