@@ -1,6 +1,6 @@
 # Each target works on a fresh machine with python3, g++ and make; a GPU and a CUDA toolkit are used where they are.
 #   make demo    pretrain a small encoder on generated scenes, evaluate it, draw a film strip (5 minutes on 2 cores)
-#   make test    lint, build, run the tests (6 minutes on 2 cores)
+#   make test    lint, build, run the tests (8 minutes on 2 cores)
 #   make bench   time every op, the mask step and the train step beside other ways to do them: 30 minutes on 2 cores
 #                DEVICE=cuda: on a GPU; BENCH="--images photos --authors DIR": flags of bench/bench.py
 #   make sanitize   the tests of the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer
