@@ -65,7 +65,7 @@ def evaluate(args) -> int:
     print(f"{args.k} segments of {args.layer} at {args.size} pixels, split {split}, n = {means['n']}")
     print("the foreground segment is chosen by the truth, as in the paper")
     if split == "test" and is_cub(args.data[0]):
-        print("these are CUB's own test images; Table 3's are ReDO's 1,000: pass --split FILE for them")
+        print("these are CUB's own test images; Table 3 uses ReDO's 1,000: to use those, pass --split FILE")
     figures = {name: f"{means[name]:.3f}" + (f" ± {spread[name]:.3f}" if spread else "") for name in METRICS}
     for name in METRICS:
         print(f"{name:15s} {figures[name]}" + ("   of foreground and background" if name == "mean IoU" else ""))

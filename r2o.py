@@ -294,7 +294,7 @@ class R2O(nn.Module):
 
     @torch.no_grad()
     def update_target(self, tau: float):
-        """xi <- tau xi + (1 - tau) theta (A.1). Batch norm buffers are not averaged; nothing reads the target's."""
+        """xi <- tau xi + (1 - tau) theta (A.1). Batch norm buffers are not averaged: the target has its own."""
         torch._foreach_lerp_(list(self.target.parameters()), list(self.online.parameters()), 1 - tau)
 
     @property

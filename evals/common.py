@@ -171,7 +171,7 @@ def segmented(encoder, pairs, k: int, layer: str, size: int, device, read=read_i
 
 def mean_scores(scores: list[list[dict]], n: int) -> tuple[dict[str, float], dict[str, float]]:
     """scores: of each image that has a foreground, of n in all, and each K-means. Returns the means over images and
-    K-means, with the numbers of images, and the standard deviation of each K-means' mean, empty if there is but one."""
+    K-means, with the numbers of images, and the standard deviations over K-means, empty if there is but one."""
     need(scores, NO_FOREGROUND)
     runs = list(zip(*scores, strict=True))  # by K-means, then by image
     each = {name: [statistics.fmean(s[name] for s in run) for run in runs] for name in scores[0][0]}

@@ -38,8 +38,8 @@ def parse_args(argv):
 def draw(args) -> int:
     (pairs, read), device = open_masks(args), distributed.place()[2]
     make_folder(args.out)
-    images = [image for image, _ in pairs]
-    tested = open_checkpoints(args.ckpt, args.arch, images, args.size, device, args.network)
+    files = [image for image, _ in pairs]
+    tested = open_checkpoints(args.ckpt, args.arch, files, args.size, device, args.network)
 
     def save(name: str, columns: list, notes=None):
         film_strip(columns, zoom=-(-128 // args.size), notes=notes).save(args.out / name)

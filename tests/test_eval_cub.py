@@ -198,7 +198,7 @@ def test_the_papers_figure_stands_beside_cub_alone(cub, tmp_path, capsys):
     flags = ["--ckpt", "random", "--arch", "tiny", "--kmeans-seeds", 1]
     evaluate(tmp_path, *flags, "--data", whole)
     printed = capsys.readouterr().out
-    assert "| paper: mIoU 0.716 (Table 3" in printed and "CUB's own test images; Table 3's are ReDO's 1,000" in printed
+    assert "| paper: mIoU 0.716 (Table 3" in printed and "CUB's own test images; Table 3 uses ReDO's 1,000" in printed
     evaluate(tmp_path, *flags, "--data", whole / "images", whole / "segmentations")
     assert "| paper: none for this data |" in capsys.readouterr().out
 
