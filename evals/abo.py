@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import r2o
+from evals.coco import decode, load_coco
 from evals.common import (
     Tested,
     add_encoder_flags,
@@ -33,7 +34,7 @@ from evals.common import (
     table_row,
 )
 from evals.measures import best_overlap, objects_of
-from evals.truth import add_truth_flags, decode, load_coco, need_same_shape, open_masks, read_ids, readable
+from evals.truth import add_truth_flags, need_same_shape, open_masks, read_ids, readable
 from runtime import cli, distributed
 from runtime.cli import count, natural, need, need_package, number
 from runtime.images import PackedList, read_image

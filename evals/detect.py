@@ -1,9 +1,12 @@
-"""Object detection and instance segmentation by a fine-tuned Mask R-CNN with FPN (Tables 1, 6; A.2), on COCO.
+"""Object detection and instance segmentation by a fine-tuned Mask R-CNN with FPN (Tables 1, 6; A.2), on COCO or your
+own images.
 
     torchrun --nproc_per_node=8 -m evals.detect --ckpt out/r2o.pth --data /coco      # 1x: 12 epochs
     torchrun --nproc_per_node=8 -m evals.detect --ckpt out/r2o.pth --data /coco --schedule 2x      # 24
+    python -m evals.detect --ckpt out/r2o.pth --data train train.json val val.json --size 512 --batch-size 4 --lr 0.01
 
---data holds train2017, val2017 and annotations/instances_{train,val}2017.json. Images are mirrored, scaled so that
+--data holds train2017, val2017 and annotations/instances_{train,val}2017.json; or it is four paths: the images and the
+JSON, in COCO's instances format, to train on, then those to evaluate on. Images are mirrored, scaled so that
 their longer side has 0.8 to 1.25 times 1024 pixels, and cropped or padded to 1024 x 1024; for evaluation, scaled to
 1024 and padded. Box and mask AP are computed by pycocotools. Rerun the same command to resume.
 """
@@ -27,7 +30,8 @@ from torchvision.ops import MultiScaleRoIAlign, box_convert
 
 import r2o
 from evals import finetune
-from evals.truth import decode, load_coco, readable
+from evals.coco import decode, load_coco
+from evals.truth import readable
 from evals.vitdet import SimpleFPN, adamw, set_drop_path
 from r2o_vit import ViT
 from runtime import cli, distributed
@@ -45,15 +49,23 @@ VIT = "Table 8, after ImageNet-100: box AP 40.5, mask AP 36.6; MAE 34.8, 31.7"
 
 def parse_args(argv):
     p = cli.Parser(__doc__)
-    p.add_argument("--data", required=True, type=Path, help="folder of train2017, val2017 and annotations")
+    data = "folder of train2017, val2017 and annotations; or images, JSON, images and JSON, to train on and to evaluate"
+    p.add_argument("--data", required=True, nargs="+", type=Path, help=data)
     finetune.add_flags(p, out="detect", batch_size=32, weight_decay=None, epochs=None, lr=None, seeds=[0, 1, 2])
     p.add_argument("--schedule", default="1x", choices=EPOCHS, help="12 or 24 epochs, unless --epochs is given")
-    p.add_argument("--warmup", type=natural, default=1000, help="steps in which the learning rate rises")
+    warmup = "steps in which the learning rate rises (default: 1000, or a tenth of all steps if that is less)"
+    p.add_argument("--warmup", type=natural, help=warmup)
     p.add_argument("--size", type=number(int, 32), default=1024, help="longer side of the images")
     p.add_argument("--split", default="train2017", help="split to train on")
     p.add_argument("--val-split", default="val2017", help="split to evaluate on")
     args = p.parse_args(argv)
     need(args.size % 32 == 0, f"--size must be a multiple of 32, got {args.size}")
+    what = "COCO's folder, or images, JSON, images and JSON, to train on and to evaluate"
+    need(len(args.data) in (1, 4), f"--data takes one path or four, {what}, got {len(args.data)}")
+    if len(args.data) == 1:
+        root, splits = args.data[0], (args.split, args.val_split)
+        files = [(root / s, root / "annotations" / f"instances_{s}.json") for s in splits]
+        args.data = [path for pair in files for path in pair]
     return args
 
 
@@ -87,10 +99,11 @@ class Objects(Dataset):
     """COCO's images with their objects. [i]: the unchanged image and its id. [epoch, i], for training: (image (3, S, S)
     uint8, Mask R-CNN's target), of images with objects that are not crowds; set `seed` first."""
 
-    def __init__(self, data: Path, split: str, size: int, trains: bool = True):
-        coco, rows = load_coco(data / split, data / "annotations" / f"instances_{split}.json")
+    def __init__(self, images: Path, file: Path, size: int, trains: bool = True):
+        coco, rows = load_coco(images, file)
         self.size, self.seed = size, 0
-        self.categories = sorted(coco.cats)  # label i + 1 is categories[i]
+        self.names = {category: coco.cats[category].get("name", "") for category in sorted(coco.cats)}
+        self.categories = [*self.names]  # label i + 1 is categories[i]
         self.label = {category: i + 1 for i, category in enumerate(self.categories)}
         if trains:
             rows = [row | {"annotations": [a for a in row["annotations"] if not a["iscrowd"]]} for row in rows]
@@ -230,20 +243,26 @@ def train_and_measure(run: finetune.Run, data: Objects, val: Objects) -> tuple[d
 
 
 def detect(args) -> int:
-    data = Objects(args.data, args.split, args.size)
-    val = Objects(args.data, args.val_split, args.size, trains=False)
-    same = val.categories == data.categories
-    need(same, f"{args.split} and {args.val_split} of {args.data} list different categories: correct one of them")
+    images, file, val_images, val_file = args.data
+    data, val = Objects(images, file, args.size), Objects(val_images, val_file, args.size, trains=False)
+    same = val.names.items() <= data.names.items()
+    need(same, f"{val_file} lists categories that {file} lacks or names otherwise: correct one of them")
+    need(len(data), f"{file} has no objects to train on that are not crowds")
+    its_data = len(val) == 5_000 and len(val.categories) == 80
+    val.categories = data.categories  # the evaluation images may have fewer
     vit = finetune.arch_of(args) == "vit_b"
     rates = ([3e-4], [3e-4]) if vit else ([0.1], [0.003, 0.1, 0.3])
     finetune.recipe(args, *rates, epochs=EPOCHS[args.schedule])
     args.weight_decay = (0.1 if vit else 4e-5) if args.weight_decay is None else args.weight_decay
-    task = f"COCO {args.val_split}, {len(val)} images, Mask R-CNN" + (f", {args.epochs} epochs" if args.epochs else "")
+    steps = finetune.steps_of(vars(args), len(data))
+    args.warmup = min(1000, steps // 10) if args.warmup is None and args.epochs != 0 else args.warmup
+    task = f"{f'COCO {args.val_split}' if its_data else val_file}, {len(val)} images, Mask R-CNN"
+    task += f", {args.epochs} epochs" if args.epochs else ""
     settings = {"size": args.size, "split": args.split, "warmup": args.warmup}
     more = {"images": len(val), "epochs": args.epochs, "val split": args.val_split} | settings
     measured = partial(train_and_measure, data=data, val=val)
     paper = PAPER[args.schedule] if not vit else VIT if args.schedule == "1x" else "none for 2x"
-    return finetune.sweep(args, settings, measured, task, paper, len(val) == 5_000 and len(val.categories) == 80, more)
+    return finetune.sweep(args, settings, measured, task, paper, its_data, more)
 
 
 def main(argv=None):

@@ -90,7 +90,7 @@ def resume(run: Run, checkpoint: Checkpoint, images: int, fingerprint: str, mode
         need(same, f"{path} was trained from other weights than --ckpt now holds: pass another --out")
         same = then.get("images") == images
         need(same, f"{path} was trained on {then.get('images')} images, not {images}: pass another --out")
-        need_same(path, then, settings, may_change=("epochs", "steps") if args.epochs == 0 else ())
+        need_same(path, then, settings, may_change=("epochs", "steps", "warmup") if args.epochs == 0 else ())
     last = checkpoint.restore({"settings": settings}, model, optimizer)
     if last:
         run.steps = last["step"], steps_of(last["settings"], images)
@@ -210,17 +210,21 @@ def eval_samples(data: Dataset, workers: int, title: str):
     return cli.bar(samples, title, len(share), disable=rank > 0)
 
 
-def save_strip(rows: list[tuple[Tensor, Tensor, Tensor]], path: Path):
-    """Images (3, h, w) uint8 with predicted and true ids (h, w), -1 for unpainted pixels, as a labeled PNG."""
-    columns = [[], [], []]
+def save_strip(rows: list[tuple[Tensor, Tensor, Tensor]], path: Path, names: list[str] | None = None):
+    """Images (3, h, w) uint8 with predicted and true ids (h, w), -1 for unpainted pixels, as a labeled PNG. names: of
+    the ids, for a legend of those that occur."""
+    columns, seen = [[], [], []], set()
     for image, *maps in rows:
         square = r2o.resize(image, 224)
         columns[0].append(square)
         for column, ids in zip(columns[1:], maps, strict=True):
             small = resize_labels(ids, (224, 224))
+            seen |= {*small.unique().tolist()}
             column.append(torch.where(small < 0, square, paint(square[None], small[None])[0]))
     labels = "image", "prediction", "truth"
-    sheet = film_strip([(label, torch.stack(column)) for label, column in zip(labels, columns, strict=True)])
+    legend = {i: names[i] for i in sorted(seen - {-1})} if names else None
+    strips = [(label, torch.stack(column)) for label, column in zip(labels, columns, strict=True)]
+    sheet = film_strip(strips, names=legend)
     save_or_warn(path, lambda f: sheet.save(f, "PNG"))
 
 

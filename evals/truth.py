@@ -1,7 +1,5 @@
-"""Images with their true masks: CUB_200_2011, two folders, or COCO annotations."""
+"""Images with their true masks: CUB_200_2011, or two folders."""
 
-import contextlib
-import io
 import os
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from runtime.cli import Parser, UsageError, natural, need, need_package
+from runtime.cli import Parser, UsageError, natural, need
 from runtime.images import DAMAGE, list_images, read_image
 from runtime.pictures import evenly
 
@@ -38,12 +36,18 @@ def add_truth_flags(p: Parser, also: str = ""):
     p.add_argument("--foreground", type=natural, nargs="+", metavar="ID", help=foreground)
     void = "ids in mask files to ignore (default: 255; 3 for these trimaps)"
     p.add_argument("--void", type=natural, nargs="+", metavar="ID", help=void)
+    add_suffix_flag(p)
+
+
+def add_suffix_flag(p: Parser):
+    suffix = "what masks' names end in before the dot: _mask, if X_mask.png is that of X.jpg"
+    p.add_argument("--mask-suffix", default="", metavar="TEXT", help=suffix)
 
 
 def open_masks(args) -> tuple[list[tuple[Path, Path]], Callable]:
     """(image, mask) files of --data, and read_ids with the flags' settings. Raises UsageError if hardly any mask has
     background, as in trimaps and class maps without it: overlap with such a foreground would mean nothing."""
-    pairs = list_masks(args.data, args.split)
+    pairs = list_masks(args.data, args.split, args.mask_suffix)
     chosen = args.foreground or args.void
     need(not chosen or args.masks != "binary", "--masks binary has no ids: leave --foreground and --void out")
     both = sorted({*(args.foreground or [])} & {*(args.void or [])})
@@ -101,18 +105,22 @@ def read_ids(path: str | Path, kind: str = "auto", foreground=None, void=None) -
 
 
 def _values(path) -> tuple[Tensor, list[int]]:
-    """The values of a mask file (h, w), as stored: indices of a palette, gray levels, 0 and 1 of one bit, 16 bits, or
-    ImageNet-S's ids, with -1 for its void; and those that are void unless others are named."""
+    """The values of a mask file (h, w), ImageNet-S's ids with -1 for its void; and those that are void unless others
+    are named."""
+    values, mode = stored_values(path)
+    if values.ndim == 3:
+        return _ids_of_colors(values, path), []
+    return values, [] if mode.startswith("I") else [255]
+
+
+def stored_values(path) -> tuple[Tensor, str]:
+    """The values of a mask file as stored, and Pillow's name of its mode: indices of a palette, gray levels, 0 and 1 of
+    one bit, 16 bits: (h, w) int64; colors: (h, w, 3)."""
     with Image.open(path) as file:
         kept = file.mode in ("1", "P", "L") or file.mode.startswith("I")
-        stored = file if kept else file.convert("RGB")
-        pixels = torch.from_numpy(np.array(stored).astype(np.int64))
-        default = [] if file.mode.startswith("I") else [255]
-    if pixels.ndim == 2:
-        return pixels, default
-    if (pixels == pixels[..., :1]).all():
-        return pixels[..., 0], default
-    return _ids_of_colors(pixels, path), []
+        pixels = torch.from_numpy(np.array(file if kept else file.convert("RGB")).astype(np.int64))
+        gray = pixels.ndim == 3 and (pixels == pixels[..., :1]).all()
+        return pixels[..., 0] if gray else pixels, file.mode
 
 
 def _ids_of_colors(pixels: Tensor, path) -> Tensor:
@@ -138,14 +146,14 @@ def guess_kind(gray: Tensor, palette: bool, path) -> str:
     return "ids" if ids else "binary"
 
 
-def list_masks(data: list[Path], split: str) -> list[tuple[Path, Path]]:
+def list_masks(data: list[Path], split: str, suffix: str = "") -> list[tuple[Path, Path]]:
     """(image, mask) of --data: CUB_200_2011, or a folder of images and one of masks."""
     need(len(data) <= 2, f"--data takes one folder or two, got {len(data)}")
     for folder in data:
         problem = "not a folder" if folder.exists() else "no such folder"
         expected = "expected CUB_200_2011, or a folder of images and one of masks"
         need(folder.is_dir(), f"{problem}: {folder}; {expected}")
-    return list_pairs(*data) if len(data) == 2 else list_cub(data[0], split)
+    return list_pairs(*data, suffix) if len(data) == 2 else list_cub(data[0], split)
 
 
 def list_cub(folder: Path, split: str) -> list[tuple[Path, Path]]:
@@ -172,70 +180,23 @@ def is_cub(folder: Path) -> bool:
     return names.exists() and len(names.read_bytes().split(b"\n")) in (11_788, 11_789)
 
 
-def list_pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
-    """(image, mask) of two folders whose files have the same relative names, apart from the suffix."""
-    lists = [list_images(folder, train=False) for folder in (images, masks)]
-    of = [{os.path.splitext(os.fsdecode(name))[0]: x.root / os.fsdecode(name) for name in x} for x in lists]
-    for folder, listed, names in zip((images, masks), lists, of, strict=True):
-        same = len(listed) - len(names)
+def list_pairs(images: Path, masks: Path, suffix: str = "") -> list[tuple[Path, Path]]:
+    """(image, mask) of two folders whose files have the same relative names, apart from their endings. suffix: what
+    the names of masks have more, as X_mask.png has; then both may be in one folder."""
+    of, marked = [], [False, bool(suffix)] if suffix else [None, None]
+    for folder, is_mask in zip((images, masks), marked, strict=True):
+        listed = list_images(folder, train=False)
+        names = [(os.path.splitext(os.fsdecode(name))[0], listed.root / os.fsdecode(name)) for name in listed]
+        if is_mask is not None:
+            names = [(stem.removesuffix(suffix), path) for stem, path in names if stem.endswith(suffix) == is_mask]
+        need(names, f"no names in {folder} end in {suffix} before the dot: correct --mask-suffix")
+        of.append(dict(names))
+        same = len(names) - len(of[-1])
         need(not same, f"{same} files in {folder} differ in their suffix alone: keep one of each")
     missing = [stem for stem in of[0] if stem not in of[1]]
-    first = f"of the same name in {masks}, the first: {missing[0] if missing else ''}"
-    need(not missing, f"{len(missing)} of {len(of[0])} images have no mask {first}")
+    first = (
+        f"of the same name{' and ' + suffix if suffix else ''} in {masks}, the first: {missing[0] if missing else ''}"
+    )
+    some = "; masks named like X_mask.png need --mask-suffix _mask" if not suffix else ""
+    need(not missing, f"{len(missing)} of {len(of[0])} images have no mask {first}{some}")
     return [(path, of[1][stem]) for stem, path in of[0].items()]
-
-
-def load_coco(folder: Path, file: Path) -> tuple:
-    """pycocotools' COCO of an instances JSON, and its images, by id: COCO's dicts with their `path` in the folder and
-    their `annotations`. Raises UsageError if there are no annotations, if they are incomplete or refer to categories or
-    images that the file does not list, and if images are missing."""
-    need_package("pycocotools", f"{file}, as COCO annotations,")
-    from pycocotools.coco import COCO
-
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco = COCO(file)
-        _check_coco(coco, file)
-        more = {
-            i: {"path": Path(folder, x["file_name"]), "annotations": coco.imgToAnns[i]} for i, x in coco.imgs.items()
-        }
-        rows = [image | more[i] for i, image in sorted(coco.imgs.items())]
-    except UsageError:
-        raise
-    except (OSError, AssertionError, TypeError, LookupError, ValueError, AttributeError) as e:
-        expected = "expected COCO instances, a JSON of images, annotations, categories"
-        raise UsageError(f"cannot read {file} ({type(e).__name__}: {e}): {expected}") from None
-    if missing := [row["path"] for row in rows if not row["path"].exists()]:
-        raise UsageError(f"{len(missing)} of the {len(rows)} images that {file} names are missing: {missing[0]}, …")
-    return coco, rows
-
-
-def _check_coco(coco, file):
-    annotations = coco.dataset["annotations"]
-    need(annotations, f"{file} has no annotations: expected objects with their segmentations")
-    ids = {a["id"] for a in annotations}  # pycocotools takes 0 for "unmatched"
-    unique = len(ids) == len(annotations) and min(ids) >= 1
-    need(unique, f"annotation ids in {file} are not all different and above 0: renumber them")
-    for a in annotations:
-        name = f"annotation {a['id']} of {file}"
-        for key, known in (("image_id", coco.imgs), ("category_id", coco.cats)):
-            need(a[key] in known, f"{name} has {key} {a[key]}, none of the {len(known)} listed there")
-        image, shape = coco.imgs[a["image_id"]], a["segmentation"]
-        whole = len(shape) > 0 and len(a["bbox"]) == 4 and a["iscrowd"] in (0, 1) and a["area"] >= 0
-        if isinstance(shape, list):
-            whole = whole and all(len(ring) >= 6 and len(ring) % 2 == 0 for ring in shape)
-        else:
-            whole = whole and list(shape["size"]) == [image["height"], image["width"]]
-        shapes = "polygons of 3 points or more, or run lengths of the image's size"
-        need(whole, f"{name} is incomplete: expected a bbox of 4, area, iscrowd 0 or 1, and as segmentation {shapes}")
-
-
-def decode(segmentation, height: int, width: int) -> Tensor:
-    """A COCO segmentation, polygons or run lengths, as (height, width) uint8."""
-    from pycocotools import mask as rle
-
-    if isinstance(segmentation, list):
-        segmentation = rle.merge(rle.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        segmentation = rle.frPyObjects(segmentation, height, width)
-    return torch.from_numpy(rle.decode(segmentation))

@@ -11,7 +11,7 @@ from PIL import Image
 
 import eval_cub
 import r2o
-from evals import abo, figures, measures, truth
+from evals import abo, coco, figures, measures, truth
 from evals.common import open_checkpoints
 from runtime.cli import UsageError
 from runtime.images import read_image
@@ -207,11 +207,11 @@ def test_crowds_are_void(pairs, tmp_path):
     path.write_text(json.dumps(file | {"annotations": [crowd, *file["annotations"][1:]]}))
     found, _ = measured(tmp_path, "--data", pairs / "images", path, "-k", 2)
     assert found["objects"] == 11
-    _, rows = truth.load_coco(pairs / "images", path)
+    _, rows = coco.load_coco(pairs / "images", path)
     _, _, objects, void = abo.Truth([(row["path"], row) for row in rows], 64, 30)[0]
     assert len(objects) == 0 and void.sum() == file["annotations"][0]["area"]
     path.write_text(json.dumps(file | {"annotations": [crowd, *file["annotations"]]}))  # a crowd where an object is
-    _, rows = truth.load_coco(pairs / "images", path)
+    _, rows = coco.load_coco(pairs / "images", path)
     _, _, objects, void = abo.Truth([(row["path"], row) for row in rows], 64, 30)[0]
     assert objects.sum() == file["annotations"][0]["area"] and not void.any()
 
@@ -300,12 +300,12 @@ def test_annotations_that_do_not_fit_are_refused(pairs, tmp_path, refused):
     assert "expected COCO instances" in said(categories=None)
     one = good["annotations"][0]
     other_size = {"size": [5, 5], "counts": "0"}
-    for broken in ({"segmentation": []}, {"segmentation": [[1, 2, 3, 4]]}, {"segmentation": other_size}, {"bbox": [1]}):
-        assert "annotation 1 of" in (line := said(annotations=[one | broken])) and "is incomplete" in line
-    for key in ("segmentation", "area", "iscrowd"):
-        assert "expected COCO instances" in said(annotations=[{k: v for k, v in one.items() if k != key}])
-    assert "not all different and above 0" in said(annotations=[one | {"id": 0}])
-    assert "not all different and above 0" in said(annotations=[one, one])
+    for broken in ({"segmentation": []}, {"segmentation": [[1, 2, 3, 4]]}, {"segmentation": other_size}):
+        assert "annotation 1 of" in (line := said(annotations=[one | broken])) and "has no mask: expected" in line
+    line = said(annotations=[{key: x for key, x in one.items() if key != "segmentation"}])
+    assert "has no mask: expected" in line and "boxes alone do not do" in line
+    for broken in ({"bbox": [1]}, {"iscrowd": 2}, {"area": -1}):
+        assert "is incomplete: expected a bbox" in said(annotations=[one | broken])
     assert "expected COCO instances" in said(
         images=[{k: v for k, v in x.items() if k != "height"} for x in good["images"]]
     )

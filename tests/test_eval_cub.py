@@ -311,3 +311,31 @@ def test_data_that_does_not_fit_is_refused(cub, tmp_path, refused):
     assert "1 of 12 images have no mask" in said(cub / "images", tmp_path / "masks")
     (tmp_path / "masks/001.bird/03.png").write_text("hello")
     assert "cannot read" in said(cub / "images", tmp_path / "masks")
+
+
+def test_masks_may_be_named_with_an_ending(pairs, tmp_path, refused):
+    """X.png and X_mask.png, in one folder or in two."""
+    for name in ("together", "images", "masks"):
+        (tmp_path / name).mkdir()
+    for path in (pairs / "images").iterdir():
+        shutil.copy(path, tmp_path / "images")
+        shutil.copy(path, tmp_path / "together")
+        for folder in ("masks", "together"):
+            shutil.copy(pairs / "masks" / path.name, tmp_path / folder / f"{path.stem}_mask.png")
+    start = ["--ckpt", "random", "--arch", "tiny", "--size", 64]
+    plain = truth.list_pairs(pairs / "images", pairs / "masks")
+    for folders in (("together", "together"), ("images", "masks")):
+        found = truth.list_pairs(*(tmp_path / f for f in folders), "_mask")
+        assert [(i.name, m.name) for i, m in found] == [(i.name, f"{i.stem}_mask.png") for i, _ in plain]
+    flags = [*start, "--kmeans-seeds", 1, "--json"]
+    both = []
+    for i, data in enumerate(([pairs / "images", pairs / "masks"], [tmp_path / "together"] * 2)):
+        more = ["--mask-suffix", "_mask"] if i else []
+        eval_cub.main([str(f) for f in (*flags, tmp_path / f"{i}.json", "--data", *data, *more)])
+        both.append(json.loads((tmp_path / f"{i}.json").read_text())["foreground IoU"])
+    assert both[0] == both[1]
+    assert "masks named like X_mask.png need --mask-suffix" in refused(
+        *start, "--data", tmp_path / "images", tmp_path / "masks"
+    )
+    line = refused(*start, "--data", tmp_path / "images", tmp_path / "masks", "--mask-suffix", "_gt")
+    assert "no names in" in line and "end in _gt before the dot: correct --mask-suffix" in line

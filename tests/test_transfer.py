@@ -1,7 +1,9 @@
 """evals/segment.py and evals/detect.py, Tables 1, 2, 5, 6: networks, data, measures, runs and resumption, bad input."""
 
 import argparse
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -15,8 +17,9 @@ from PIL import Image
 from torchvision import tv_tensors
 
 import r2o
-from evals import detect, finetune, measures, segment, truth, vitdet
-from runtime import distributed
+from evals import coco as coco_json
+from evals import detect, finetune, measures, scenes, segment, vitdet
+from runtime import distributed, pictures
 
 refused_segment, refused_detect = refused_by(segment), refused_by(detect)
 
@@ -167,16 +170,19 @@ def make_cityscapes(root):
 
 
 def test_cityscapes_ids_become_its_19_classes(tmp_path):
-    ids = segment.cityscapes_ids()
+    ids = scenes.CITYSCAPES.ids
     assert (ids[7], ids[8], ids[33], ids[24]) == (0, 1, 18, 11)  # road, sidewalk, bicycle, person
     assert ids[0] == ids[255] == ids[9] == ids[29] == 255  # unlabeled, license plate, parking, caravan
-    assert sorted(set(ids.values())) == [*range(19), 255] and len(segment.NAMES["cityscapes"]) == 19
-    assert len(segment.NAMES["voc"]) == 21
+    assert sorted(set(ids.values())) == [*range(19), 255] and len(scenes.CITYSCAPES.names) == 19
+    assert len(scenes.VOC.names) == 21
     make_cityscapes(tmp_path)
-    root, which = segment.which_data(tmp_path)
-    scenes = segment.Scenes(segment.open_split(root, which, "val"), ids, "val")
-    image, label = scenes.whole(0)
-    assert which == "cityscapes" and image.shape == (3, 20, 30) and (label == 0).all()
+    recipe, train, val = opened(tmp_path)
+    image, label = scenes.Scenes(val, recipe).whole(0)
+    assert recipe is scenes.CITYSCAPES and train != val and image.shape == (3, 20, 30) and (label == 0).all()
+
+
+def opened(*data, more=()):
+    return scenes.open_scenes(segment.parse_args([str(f) for f in (*SEGMENT, "--data", *data, *more)]))
 
 
 def test_sbd_adds_what_voc_has_not(shapes, tmp_path):
@@ -190,9 +196,9 @@ def test_sbd_adds_what_voc_has_not(shapes, tmp_path):
         scipy_io.savemat(tmp_path / f"cls/{name}.mat", {"GTcls": truth})
     (tmp_path / "train.txt").write_text("0\nnew\n")
     (tmp_path / "val.txt").write_text("other\n")
-    both = segment.open_split(shapes, "voc", "train", tmp_path)
-    scenes = segment.Scenes(both, {i: i for i in [*range(21), 255]}, "train_aug")
-    assert len(scenes) == 4 + 2 and (scenes.whole(4)[1] == 3).all()
+    recipe, train, val = opened(shapes, more=["--sbd", tmp_path])
+    data = scenes.Scenes(train, recipe)
+    assert len(data) == 4 + 2 and (data.whole(4)[1] == 3).all() and len(val) == 4
 
 
 # ---- measures -------------------------------------------------------------------------------------------------------
@@ -230,7 +236,7 @@ def test_a_run_learns_its_training_images_and_says_how_well(shapes, tmp_path, ca
     assert row in printed.splitlines()[-1]
     each = json.loads((out / "lr0.05-seed1/result.json").read_text())["IoU"]
     assert each["bottle"] > 50 and each["cat"] is None
-    assert Image.open(out / "lr0.05-seed0/masks.png").size == (3 * 228 - 4, 16 + 4 * 228 - 4)
+    assert Image.open(out / "lr0.05-seed0/masks.png").size == (3 * 228 - 4, 16 + 4 * 228 - 4 + 20)  # 20: the legend
 
 
 def stopped_after(monkeypatch, program, steps, flags):
@@ -289,7 +295,7 @@ def test_the_papers_figure_stands_beside_its_own_data_alone(shapes, tmp_path, mo
     flags = [*SEGMENT, "--data", shapes, "--out", tmp_path, "--seeds", 0, "--lr", 0.05, "--epochs", 1]
     segment.main([str(f) for f in flags])
     assert "| paper: none for this data |" in capsys.readouterr().out
-    monkeypatch.setitem(segment.IMAGES, "voc", 4)  # of val
+    monkeypatch.setattr(scenes.VOC, "images", 4)  # of val
     segment.main([str(f) for f in flags])
     assert "| paper: mIoU 77.3 (Table 1)" in capsys.readouterr().out
 
@@ -367,10 +373,12 @@ def test_the_defaults_of_fine_tuning_are_the_paper_s(shapes, coco, tmp_path, mon
     assert voc.weight_decay == 1e-4 and "77.3 (Table 1)" in paper
     voc, _ = args_of(segment, "--ckpt", "random", "--data", shapes, "--lr", "paper", "--epochs", 3)
     assert voc.lr == [0.001, 0.003, 0.01, 0.03, 0.1] and (voc.steps, voc.epochs) == (None, 3)
-    assert segment.SWEEPS["cityscapes"] == [0.004, 0.01, 0.04] and segment.WHOLE["cityscapes"] == (1025, 2049)
+    assert scenes.CITYSCAPES.sweep == (0.004, 0.01, 0.04) and scenes.CITYSCAPES.shape == (1025, 2049)
 
     one, paper = args_of(detect, "--ckpt", "random", "--data", coco)
-    assert (one.epochs, one.batch_size, one.warmup, one.lr, one.seeds) == (12, 32, 1000, [0.1], [0, 1, 2])
+    assert (one.epochs, one.batch_size, one.warmup, one.lr, one.seeds) == (12, 32, 0, [0.1], [0, 1, 2])
+    monkeypatch.setattr(finetune, "steps_of", lambda settings, images: 12 * 118_287 // 32)
+    assert args_of(detect, "--ckpt", "random", "--data", coco)[0].warmup == 1000
     assert one.weight_decay == 4e-5 and "box AP 41.7" in paper
     two, paper = args_of(detect, "--ckpt", "random", "--data", coco, "--schedule", "2x", "--lr", "paper")
     assert two.epochs == 24 and two.lr == [0.003, 0.1, 0.3] and "box AP 43.0, mask AP 39.3" in paper
@@ -394,9 +402,8 @@ def test_steps_are_counted_instead_of_epochs(shapes, tmp_path, refused_segment):
 
 def test_images_of_one_size_are_scaled_from_another_and_measured_at_their_labels_size(shapes):
     """Cityscapes: 2048 x 1024 becomes 2049 x 1025, before scaling and for evaluation; here 80 x 64 becomes 160 x 96."""
-    base, ids = segment.open_split(shapes, "voc", "val"), {i: i for i in [*range(21), 255]}
-    scenes = segment.Scenes(base, ids, "val", crop=200, shape=(96, 160))
-    _, label = scenes[0, 0]
+    data = scenes.Scenes(opened(shapes)[2], dataclasses.replace(scenes.VOC, shape=(96, 160)), crop=200)
+    _, label = data[0, 0]
     inside = label != 255  # outlines of ellipses apart, all but the padding
     rows, columns = inside.any(1).nonzero(), inside.any(0).nonzero()
     assert 90 <= rows.max() - rows.min() + 1 <= 96 and 150 <= columns.max() - columns.min() + 1 <= 160
@@ -411,9 +418,9 @@ def test_images_of_one_size_are_scaled_from_another_and_measured_at_their_labels
             scores[:, 5, :, : x.shape[3] // 2] = 1
             return scores
 
-    pixels, _ = segment.measure(Left(), scenes, 21, 0, "")
+    pixels, _ = segment.measure(Left(), data, 21, 0, "")
     assert seen == [(1, 3, 96, 160)] * 4
-    counted = torch.stack([scenes.whole(i)[1] for i in range(4)])
+    counted = torch.stack([data.whole(i)[1] for i in range(4)])
     assert pixels.sum() == (counted != 255).sum() and pixels[:, 5].sum() == (counted[..., :40] != 255).sum()
 
 
@@ -501,7 +508,7 @@ def test_segment_refuses_what_does_not_fit(shapes, tmp_path, refused_segment):
     assert "must all be different" in said("--seeds", 0, 0) and "must all be different" in said("--lr", 1, 1)
     assert "--seeds must be at least 0" in said("--seeds", -1)
     assert "cannot open valid" in said("--val-split", "valid")
-    assert "is neither: expected the folder of VOCdevkit" in said(data=tmp_path)
+    assert "is none of these: expected the folder of VOCdevkit" in said(data=tmp_path)
     assert "is a folder" in said("--ckpt", tmp_path) and "no such checkpoint" in said("--ckpt", "r2o.pkl")
     assert "of tiny matched" in said("--ckpt", weights(tmp_path)) and "no such checkpoint" in said(
         "--ckpt", "nowhere.pth"
@@ -518,13 +525,158 @@ def test_segment_refuses_what_does_not_fit(shapes, tmp_path, refused_segment):
     Image.fromarray(np.zeros((10, 10), np.uint8)).save(label)
     assert "has shape (10, 10), the image (64, 80)" in said(data=broken)
     label.unlink()
-    assert "cannot read image 2 of train" in said(data=broken)
+    assert f"cannot read {label}" in said(data=broken)
 
 
 def weights(tmp_path):
     path = tmp_path / "half.pth"
     torch.save({"arch": "tiny", "state_dict": dict(list(r2o.build_encoder("tiny").state_dict().items())[:9])}, path)
     return path
+
+
+# ---- one's own images and labels ------------------------------------------------------------------------------------
+
+
+OWN = "--void 255 --epochs 1 --seeds 0 --lr 0.01".split()
+
+
+@pytest.fixture
+def own(shapes, tmp_path):
+    """The images and labels of `shapes`, four times, as images/ and labels/, with ids 0 and 1, 255 void; and names."""
+    for name in ("images", "labels"):
+        (tmp_path / f"own/{name}").mkdir(parents=True)
+    voc = shapes / "VOCdevkit/VOC2012"
+    for i in range(16):
+        shutil.copy(voc / f"JPEGImages/{i % 4}.jpg", tmp_path / f"own/images/{i:02}.jpg")
+        ids = np.array(Image.open(voc / f"SegmentationClass/{i % 4}.png"))
+        Image.fromarray(np.where(ids == 5, 1, ids)).save(tmp_path / f"own/labels/{i:02}.png")
+    (tmp_path / "own/names.txt").write_text("ground\nbowl of soup\n")
+    return tmp_path / "own"
+
+
+def test_own_labels_are_trained_on_and_named(own, tmp_path, capsys):
+    """As a process, from start to result."""
+    flags = [
+        "--data",
+        own,
+        "--out",
+        tmp_path / "out",
+        "--classes",
+        own / "names.txt",
+        *OWN,
+        "--epochs",
+        20,
+        "--lr",
+        0.05,
+    ]
+    command = [sys.executable, "-m", "evals.segment", *map(str, (*SEGMENT, *flags, "--scales", 1, 1))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "4 images, every fifth, are held out for evaluation" in done.stdout
+    assert f"| {own} val, 4 images, FCN |" in done.stdout and "| paper: none for this data |" in done.stdout
+    found = results(tmp_path / "out")
+    assert (
+        found["classes"] == ["ground", "bowl of soup"]
+        and found["images"] == 4
+        and found["runs"]["0.05"][0]["mIoU"] > 60
+    )
+    each = json.loads((tmp_path / "out/lr0.05-seed0/result.json").read_text())["IoU"]
+    assert list(each) == ["ground", "bowl of soup"]
+    sheet = np.array(Image.open(tmp_path / "out/lr0.05-seed0/masks.png"))
+    assert sheet.shape[0] == 16 + 4 * 228 - 4 + 4 + 16  # the last line is the legend
+    two = sheet[-10, 2], sheet[-10, 114]
+    assert (sheet[-16:, 2 * 112 :] == 255).all() and np.abs(two[0].astype(int) - two[1]).max() > 60
+
+
+def test_own_splits_may_be_folders_in_images_and_labels_or_hold_them(own, tmp_path):
+    more = ["--classes", 2, "--void", 255]
+    _, train, val = opened(own, more=more)
+    assert [i.name for i, _ in val] == ["00.jpg", "05.jpg", "10.jpg", "15.jpg"] and len(train) == 12
+    assert all(i.stem == m.stem for i, m in train + val) and not {*train} & {*val}
+    same, also, rest = opened(own / "images", own / "labels", more=more)
+    assert (also, rest) == (train, val) and same.names == ["class 0", "class 1"]
+    for i, (layout, data) in enumerate((("{kind}/{split}", "split"), ("{split}/{kind}", "kinds"))):
+        root = tmp_path / data
+        for j, pair in enumerate(train + val):
+            for kind, file in zip(("images", "labels"), pair, strict=True):
+                folder = root / layout.format(kind=kind, split=("val", "train")[j % 3 > 0])
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, folder)
+        _, one, other = opened(root, more=more)
+        assert (len(one), len(other)) == (10, 6) and {p.parent.name for p, _ in one} == {("train", "images")[i]}
+    _, one, other = opened(root, more=[*more, "--split", "val", "--val-split", "train"])
+    assert (len(one), len(other)) == (6, 10)
+
+
+def test_ids_of_own_labels_become_classes_and_void_ones_none(own):
+    (own / "three.txt").write_text("nothing\nground\nsoup\n")
+    for path in (own / "labels").iterdir():
+        ids = np.array(Image.open(path)).astype(np.int32)
+        Image.fromarray(np.where(ids == 255, 40_000, ids + 1).astype(np.uint16)).save(path)  # 0 does not occur
+    recipe, train, _ = opened(own, more=["--classes", own / "three.txt", "--void", 0, 40_000])
+    assert recipe.names == ["ground", "soup"] and recipe.ids == {1: 0, 2: 1, 0: 255, 40_000: 255}
+    _, label = scenes.Scenes(train, recipe).whole(0)
+    assert label.unique().tolist() == [0, 1, 255]
+
+
+def test_labels_named_with_an_ending_find_their_images(own):
+    for path in list((own / "labels").iterdir()):
+        path.rename(own / f"images/{path.stem}_L.png")
+    _, train, val = opened(own / "images", own / "images", more=["--classes", 2, "--void", 255, "--mask-suffix", "_L"])
+    assert len(train) == 12 and all(m.name == f"{i.stem}_L.png" for i, m in train + val)
+
+
+def test_own_labels_that_cannot_be_meant_are_refused_before_training(own, tmp_path, refused_segment):
+    def said(*flags):
+        line = refused_segment(*SEGMENT, "--data", own, "--out", tmp_path / "out", *OWN, *flags)
+        assert not (tmp_path / "out").exists()
+        return line
+
+    two = "--classes", 2
+    assert "own labels need --classes" in said() and "they hold the ids 0, 1, 255" in said()
+    assert "holds id 255, but the 2 classes of --classes are 0 to 1" in said(*two, "--void", 9)
+    assert "count them in, or pass --void 9 255 to ignore it" in said(*two, "--void", 9)
+    assert "makes 1 classes: expected 2 to 254" in said("--classes", 1)
+    assert "no such file: --classes nowhere.txt" in said("--classes", "nowhere.txt")
+    (own / "names.txt").write_text("a\nb\na\n")
+    assert "names ['a'] twice" in said("--classes", own / "names.txt")
+    assert "--void names all of --classes" in said(*two, "--void", 0, 1, 255)
+    assert "neither" in said(*two, "--split", "day") and "expected these folders" in said(*two, "--split", "day")
+    (own / "images/train").mkdir()
+    picture(0).save(own / "images/train/0.png")
+    assert "no such folder" in said(*two)
+    (own / "labels/train").mkdir()
+    shutil.copy(own / "labels/00.png", own / "labels/train/0.png")
+    assert "has no folder val: expected train and val, or neither of them" in said(*two)
+    shutil.rmtree(own / "images/train")
+    shutil.rmtree(own / "labels/train")
+    colors = np.zeros((64, 80, 3), np.uint8)
+    colors[:20, :20] = 128, 0, 64
+    Image.fromarray(colors).save(own / "labels/03.png")
+    assert "03.png holds colors: expected one class id per pixel" in said(*two)
+    Image.fromarray(np.full((64, 80), 7, np.uint8)).save(own / "labels/03.png")
+    assert "03.png holds id 7, but the 2 classes" in said(*two, "--workers", 1)
+    (own / "labels/03.png").write_bytes(b"no image")
+    assert "cannot read" in said(*two)
+    (own / "labels/03.png").unlink()
+    assert "1 of 16 images have no mask of the same name" in said(*two)
+
+
+def test_data_sets_with_classes_of_their_own_take_no_others(shapes, tmp_path, refused_segment):
+    flags = [*SEGMENT, "--data", shapes, "--out", tmp_path, "--seeds", 0]
+    assert "PASCAL VOC has its own classes: leave --classes, --void" in refused_segment(*flags, "--classes", 3)
+    assert "--data takes one folder, or one of images" in refused_segment(*flags[:-4], shapes, shapes, *flags[-4:])
+
+
+def test_the_colors_of_thirty_classes_can_be_told_apart():
+    """In CIE Lab, as painted: a just noticeable difference is about 2.3."""
+    from skimage.color import deltaE_ciede2000, rgb2lab
+
+    gray = torch.full((30, 3, 1, 1), 127, dtype=torch.uint8)
+    painted = pictures.paint(gray, torch.arange(30).view(30, 1, 1))[:, :, 0, 0]
+    lab = rgb2lab(painted[None].numpy() / 255)[0]
+    apart = deltaE_ciede2000(lab[:, None], lab[None]) + 99 * np.eye(30)
+    assert apart.min() > 5 and apart[:12, :12].min() > 12
 
 
 # ---- detect.py ------------------------------------------------------------------------------------------------------
@@ -576,28 +728,32 @@ def test_boxes_masks_and_pixels_of_an_object_stay_together(coco, epoch, i):
             assert (image[channel][inner] > 150).float().mean() > 0.95
 
 
+def coco_files(root, split):
+    return root / f"{split}2017", root / f"annotations/instances_{split}2017.json"
+
+
 objects = {}
 
 
 def objects_of(coco):
-    return objects.setdefault(coco, detect.Objects(coco, "train2017", 96))
+    return objects.setdefault(coco, detect.Objects(*coco_files(coco, "train"), 96))
 
 
 def test_crowds_and_empty_images_are_not_trained_on_but_evaluated(coco):
     data = objects_of(coco)
     assert [data.row(i)["id"] for i in range(len(data))] == [10, 11, 12, 13, 14, 15]
     assert all(not a["iscrowd"] for i in range(len(data)) for a in data.row(i)["annotations"]) and data.coco is None
-    assert len(detect.Objects(coco, "val2017", 96, trains=False)) == 7
+    assert len(detect.Objects(*coco_files(coco, "val"), 96, trains=False)) == 7
 
 
 def test_ap_of_the_truth_is_100_and_of_nothing_0(coco):
     from pycocotools import mask as rle
 
-    val = detect.Objects(coco, "val2017", 96, trains=False)
+    val = detect.Objects(*coco_files(coco, "val"), 96, trains=False)
     found = []
     for a in val.coco.dataset["annotations"]:
         if not a["iscrowd"]:
-            code = rle.encode(np.asfortranarray(truth.decode(a["segmentation"], 60, 90).numpy()))
+            code = rle.encode(np.asfortranarray(coco_json.decode(a["segmentation"], 60, 90).numpy()))
             code["counts"] = code["counts"].decode()
             keys = {key: a[key] for key in ("image_id", "category_id", "bbox")}
             found.append(keys | {"score": 0.9, "segmentation": code})
@@ -660,7 +816,7 @@ def test_detections_are_in_the_image_s_pixels_and_coco_s_categories(coco):
             box = torch.tensor([[45.0, 0, 90, 30]])
             return [{"boxes": box, "labels": torch.tensor([2]), "scores": torch.tensor([0.7]), "masks": mask}]
 
-    val = detect.Objects(coco, "val2017", 96, trains=False)
+    val = detect.Objects(*coco_files(coco, "val"), 96, trains=False)
     found = detect.find_objects(Sees(), val, workers=0)
     assert [one["image_id"] for one in found] == [10, 11, 12, 13, 14, 15, 50]
     assert found[0]["category_id"] == 90 and found[0]["bbox"] == [45, 0, 45, 30]
@@ -689,12 +845,41 @@ def test_detect_refuses_what_does_not_fit(coco, tmp_path, refused_detect):
     assert "larger than the data (6 images)" in said("--batch-size", 7)
     assert "cannot read" in said("--val-split", "test2017")
     assert "has no annotations" in said(data=mended(annotations=[]))
-    names = [{"id": i, "name": "x"} for i in (3, 90, 91)]
-    assert "list different categories" in said(data=mended(categories=names))
+    for names in ([(3, "red"), (90, "green"), (91, "blue")], [(3, "green"), (90, "red")]):
+        data = mended(categories=[{"id": i, "name": name} for i, name in names])
+        assert "lists categories that" in said(data=data) and "lacks or names otherwise" in said(data=data)
+    assert "--data takes one path or four" in refused_detect(*DETECT, "--data", coco, coco)
     wrong = [{"id": 10, "file_name": "0.png", "height": 90, "width": 60}]
     polygons = [a for a in annotations_of(coco) if a["image_id"] == 10 and not a["iscrowd"]]
     data = mended(images=wrong, annotations=polygons)
     assert "is 90 x 60 pixels, its annotations 60 x 90" in said("--epochs", 1, data=data)
+
+
+@pytest.mark.slow
+def test_any_coco_json_will_do(coco, tmp_path, capsys):
+    """Images anywhere, in any order; fewer categories in val; neither ids nor boxes, areas, crowds."""
+    bare = ("image_id", "category_id", "segmentation")
+    for split, keep in (("train", (3, 90)), ("val", (90,))):
+        folder, file = coco_files(coco, split)
+        whole = json.loads(file.read_text())
+        whole["annotations"] = [a for a in whole["annotations"] if a["category_id"] in keep and not a["iscrowd"]]
+        whole["annotations"] = [{key: a[key] for key in bare} for a in whole["annotations"]]
+        whole["categories"] = [c for c in whole["categories"] if c["id"] in keep][::-1]
+        (tmp_path / split).symlink_to(folder)
+        (tmp_path / f"{split}.json").write_text(json.dumps(whole | {"images": whole["images"][::-1]}))
+    _, rows = coco_json.load_coco(tmp_path / "train", tmp_path / "train.json")
+    _, before = coco_json.load_coco(*coco_files(coco, "train"))
+    assert [a["id"] for row in rows for a in row["annotations"]] == [*range(1, 10)]
+    for row, old in zip(rows, before, strict=True):
+        pairs = zip(row["annotations"], [a for a in old["annotations"] if not a["iscrowd"]], strict=True)
+        assert all(a["bbox"] == b["bbox"] and a["area"] == b["area"] and a["iscrowd"] == 0 for a, b in pairs)
+    paths = [tmp_path / name for name in ("train", "train.json", "val", "val.json")]
+    flags = ["--data", *paths, "--out", tmp_path / "out", "--epochs", 1]
+    detect.main([str(f) for f in (*DETECT[:-4], *DETECT[-2:], *flags)])  # without --warmup: a tenth of the steps
+    assert f"| {tmp_path / 'val.json'}, 7 images, Mask R-CNN, 1 epochs |" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out/lr0.01-seed0/detections.json").read_text())
+    assert {one["category_id"] for one in found} <= {3, 90} and results(tmp_path / "out")["warmup"] == 0
+    detect.main([str(f) for f in (*DETECT[:-4], *DETECT[-2:], *flags[:-1], 0)])
 
 
 def annotations_of(coco):
