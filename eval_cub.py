@@ -10,7 +10,6 @@ choice, so the figures say how well some segment fits the object, not whether on
 foreground's IoU over images: hold that against the paper's "mIOU", which does not say whether it means the two classes.
 """
 
-import r2o
 from evals import common
 from evals.common import (
     add_encoder_flags,
@@ -52,7 +51,7 @@ def evaluate(args) -> int:
     device = distributed.place()[2]
     squares = square_batches([image for image, _ in pairs], args.size)
     encoder, line = calibrated_encoder(args.ckpt, args.arch, squares, device)
-    print(f"{line}; ops: {r2o.extension(device)}", flush=True)
+    print(f"{line}; {cli.ops(device)}", flush=True)
     scores, shown, show = [], [], evenly(len(pairs), 8) if args.vis else []
     results = common.segmented(encoder, pairs, args.k, args.layer, args.size, device, read, args.kmeans_seeds)
     for i, result in enumerate(cli.bar(results, "segmenting", len(pairs), unit="img")):

@@ -129,11 +129,12 @@ def predict_masks(
         return cluster.clamp(min=0).gather(1, regions.flatten(1).long()).view(regions.shape)
 
     with torch.autocast(c4.device.type, enabled=False):
-        x = upcast(c4).permute(0, 2, 3, 1).reshape(len(mu), -1, c4.shape[1])  # (G, N, C)
+        x = in_groups(upcast(c4).permute(0, 2, 3, 1).flatten(1, 2), len(mu)).flatten(1, 2)  # (G, N, C)
         length = x.norm(dim=-1, keepdim=True).clamp(min=1e-12)  # dividing the product is cheaper than dividing x
         scores = x @ mu.mT / length - mu.square().sum(-1)[:, None] / 2  # (G, N, K)
     spare = torch.arange(num_clusters, device=x.device) >= valid.sum(1, keepdim=True)  # more clusters than regions
-    return scores.masked_fill(spare[:, None], -math.inf).argmax(2).view(len(c4), *c4.shape[2:])
+    m = scores.masked_fill(spare[:, None], -math.inf).argmax(2).view(-1, *c4.shape[2:])
+    return m[: len(c4)]
 
 
 def cluster_regions(p: Tensor, valid: Tensor, uniforms: Tensor, iters: int, ranks_per_group: int):
@@ -141,15 +142,30 @@ def cluster_regions(p: Tensor, valid: Tensor, uniforms: Tensor, iters: int, rank
 
     p: (B, R, C). valid: (B, R). Returns mu (G, K, C), the cluster of this rank's regions (B, R), and valid (G, N).
     """
-    B, R, C = p.shape
+    B, R, _ = p.shape
     own = slice(None)  # this rank's points within a group
     if ranks_per_group > 1:
         group, place = divmod(dist.get_rank(), ranks_per_group)
         p, valid = (gather_from_ranks(x, group * ranks_per_group, ranks_per_group) for x in (p, valid))
         own = slice(place * B * R, (place + 1) * B * R)
-    p, valid = p.reshape(len(uniforms), -1, C), valid.reshape(len(uniforms), -1)  # (G, N, C), (G, N)
+    p, valid = (in_groups(x, len(uniforms)).flatten(1, 2) for x in (p, valid))  # (G, N, C), (G, N)
     mu, cluster = kmeans_seeded(p, valid, uniforms, iters)  # Eq. (3)
-    return mu, cluster[:, own].reshape(B, R), valid
+    return mu, cluster[:, own].reshape(-1, R)[:B], valid
+
+
+def in_groups(x: Tensor, groups: int) -> Tensor:
+    """(B, …) -> (groups, images of each, …). If they do not divide, the last group is filled up with zeros."""
+    each = -(-len(x) // groups)
+    missing = groups * each - len(x)
+    x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
+    return x.reshape(groups, each, *x.shape[1:])
+
+
+def kmeans_groups(images: int, world: int, most: int) -> tuple[int, int]:
+    """The K-means groups of each rank, and how many ranks share one, for so many images per rank and at most `most`
+    in a group. Groups of one size where they divide; otherwise the last is smaller, by less than there are groups."""
+    ranks = max(n for n in range(1, world + 1) if world % n == 0 and (n == 1 or n * images <= most))
+    return -(-images * ranks // most), ranks
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -189,7 +205,7 @@ def mask_stats(m: Tensor, num_clusters: int, groups: int) -> dict[str, Tensor]:
     """Cluster usage of this rank's masks (B, h, w), as scalars."""
     flat = m.flatten(1)
     cells = flat.new_zeros(len(m), num_clusters).scatter_add_(1, flat, torch.ones_like(flat))  # (B, K)
-    sizes = cells.view(groups, -1, num_clusters).sum(1).float()  # (G, K): of clusters, in cells of m
+    sizes = in_groups(cells, groups).sum(1).float()  # (G, K): of clusters, in cells of m
     return {
         "masks": (cells > 0).sum(1).float().mean(),  # per image
         "clusters": (sizes > 0).sum(1).float().mean(),  # not empty, per group
@@ -259,11 +275,11 @@ def mlp(cin: int, hidden: int, cout: int) -> nn.Module:
 class R2O(nn.Module):
     """Online network theta, target network xi, and the loss of one step.
 
-    arch: one of ARCHS. num_regions: all region ids are below it. kmeans_group: images clustered together; the global
-    batch must be a multiple of it, or smaller; a group may span several ranks. kmeans_iters: Lloyd iterations. assign:
-    see predict_masks(). masks: "predicted", or "prior" to take the regions themselves (Table 4). hidden, dim: widths of
-    the heads. overlap: on a GPU, predict masks on a side stream. compile: the encoders, with torch.compile. Raises
-    ValueError for an unknown arch, assign or masks.
+    arch: one of ARCHS. num_regions: all region ids are below it. kmeans_group: at most so many images are clustered
+    together, of several ranks if each has fewer. kmeans_iters: Lloyd iterations. assign: see predict_masks(). masks:
+    "predicted", or "prior" to take the regions themselves (Table 4). hidden, dim: widths of the heads. overlap: on a
+    GPU, predict masks on a side stream. compile: the encoders, with torch.compile. Raises ValueError for an unknown
+    arch, assign or masks.
     """
 
     def __init__(
@@ -326,8 +342,7 @@ class R2O(nn.Module):
         images: (B, 3, S, S) and views: (2B, 3, S, S), the first views then the second, normalized. regions: (B, h, w).
         boxes: (B, 2, 4). flips: (B, 2). generator: a CPU torch.Generator; in the same state on all ranks it makes
         K-means independent of their number, and micro-batches that share it cluster exactly as the full batch would.
-        Returns the loss, whose average over ranks (DDP's) is the mean over all pairs, and scalars to watch. Raises
-        ValueError if the batch does not divide into K-means groups.
+        Returns the loss, whose average over ranks (DDP's) is the mean over all pairs, and scalars to watch.
         """
         B, K = len(images), self.num_regions if self.masks == "prior" else num_clusters
         uniforms, ranks_per_group = self.seeds(B, 1 if self.masks == "prior" else K, generator)
@@ -368,12 +383,9 @@ class R2O(nn.Module):
     def seeds(self, B: int, K: int, generator: torch.Generator | None) -> tuple[Tensor, int]:
         """K-means' random numbers for this rank's groups (G, K, T), and how many ranks share a group."""
         rank, world = rank_and_world()
-        group = min(self.kmeans_group, B * world)
-        groups, ranks_per_group = max(B // group, 1), max(group // B, 1)
-        if groups * group != B * ranks_per_group or world % ranks_per_group:
-            raise ValueError(f"{B} images per process do not divide into K-means groups of {group}: change one of them")
-        uniforms = seeding_uniforms(B * world // group, K, generator)
-        return uniforms[rank // ranks_per_group * groups :][:groups], ranks_per_group
+        groups, ranks = kmeans_groups(B, world, self.kmeans_group)
+        uniforms = seeding_uniforms(groups * world // ranks, K, generator)
+        return uniforms[rank // ranks * groups :][:groups], ranks
 
 
 class SideStream:

@@ -7,6 +7,7 @@ Always builds C++. Builds CUDA too if a toolkit of the same major version as PyT
     SANITIZE=1     C++ only, with AddressSanitizer and UndefinedBehaviorSanitizer (make sanitize)
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -14,8 +15,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-from setuptools import setup
+needed = ("torch", "pybind11", "ninja", "setuptools")
+if missing := [name for name in needed if not importlib.util.find_spec(name)]:
+    print(f"setup.py: error: {' and '.join(missing)} not installed: pip install {' '.join(missing)}", file=sys.stderr)
+    sys.exit(2)
+
+import torch  # noqa: E402
+from setuptools import setup  # noqa: E402
 
 
 def find_toolkit() -> Path | None:

@@ -27,6 +27,7 @@ from r2o_baselines import Contrastive, Odin
 from runtime import cli, distributed, plan
 from runtime.checkpoint import Checkpoint, need_same
 from runtime.cli import count, natural, need, number, rate
+from runtime.folders import print_images
 from runtime.images import ImageList, list_images
 from runtime.loader import Batches, ImageRegions, copy_ahead, load_batches, network_input
 from runtime.pictures import evenly
@@ -42,6 +43,7 @@ def parse_args(argv=None):
     add("--data", required=True, help="folder of images, flat or nested; its subfolder train is used if it exists")
     add("--subset", metavar="FILE", help="use only these: a folder, path or file name per line")
     add("--out", default="out", help="folder for checkpoints, log and pictures; training resumes from what it holds")
+    add("--skip-unreadable", action="store_true", help="go on without them even if more than 1 %% cannot be read")
     add("--regions", help="file of the region maps (default: OUT/regions.npy); name one to share it between runs")
     add("--workers", type=natural, default=distributed.cores_per_process(), help="per process; raise if a GPU waits")
     keep = "also keep the encoders of every N-th epoch, as epoch_0100.pth (0: none)"
@@ -81,7 +83,7 @@ def parse_args(argv=None):
     add("--k-end", type=count, default=4, help="clusters at the end; above --k-start for a rising schedule")
     add("--hold-epochs", type=natural, help="epochs at --k-start (default: 40 of 300; COCO: 8)")
     add("--schedule", default="cosine", choices=("cosine", "linear", "constant"), help="how K changes (A.6, Table 9)")
-    add("--kmeans-group", type=count, default=32, help="images clustered together; lower for masks of single images")
+    add("--kmeans-group", type=count, default=32, help="images clustered together, at most; 1: each alone")
     add("--assign", default="pixel", choices=("pixel", "region"), help="what clusters own; region: sharper outlines")
     add("--discovery-tau", type=number(float, 0, 1), help="momentum of the network that draws Odin's masks")
     args = p.parse_args(argv)
@@ -96,7 +98,8 @@ def parse_args(argv=None):
 
 
 # Flags that may differ when a run resumes; the latter only with --changed.
-MAY_CHANGE = "data out regions workers keep_every save_every tensorboard prepare dry_run accum compile changed subset"
+MAY_CHANGE = "data subset skip_unreadable out regions workers keep_every save_every tensorboard prepare dry_run"
+MAY_CHANGE += " accum compile changed"
 WITH_CHANGED = "lr lr_k weight_decay tau discovery_tau"
 OLDER = {"masks": "predicted", "objective": "byol", "discovery_tau": None}  # of checkpoints without these flags
 
@@ -107,8 +110,11 @@ OLDER = {"masks": "predicted", "objective": "byol", "discovery_tau": None}  # of
 def open_images(args) -> ImageList:
     """The images, after a check that the flags suit their number."""
     images = list_images(args.data, args.subset)
-    plan.check_batches(args, len(images), 14**2 if args.prior == "grid" else 256)
     part = args.batch_size // args.accum
+    if distributed.place()[0] == 0:
+        print_images(images)
+        plan.check_cells(args)
+    plan.check_batches(args, images, len(images), 14**2 if args.prior == "grid" else 256)
     if distributed.place()[0] == 0:
         if part < min(args.kmeans_group, args.batch_size):
             cli.warn(f"--accum limits K-means to the {part} images of a micro-batch")
@@ -129,14 +135,16 @@ def read_checkpoint(args, images: ImageList) -> Checkpoint:
     return checkpoint
 
 
-def open_data(args, images: ImageList, maps_file: str, planned: int | None = None) -> ImageRegions:
+def open_data(args, images: ImageList, maps_file: str, sample_of: ImageList | None = None) -> ImageRegions:
     """The images with their region maps, which one process computes if they are missing while the others wait.
-    planned: how many images the flags must suit (default: those that can be read)."""
-    workers = distributed.cores() if args.workers and not planned else args.workers  # each rank of a dry run maps alone
-    maps, header = region_maps(images, maps_file, args.prior, args.segments, args.size // 4, workers)
+    sample_of: the images that the flags must suit, if these are a sample of them."""
+    workers = distributed.cores() if args.workers and not sample_of else args.workers  # ranks of a dry run map alone
+    made_from = args.prior, args.segments, args.size // 4
+    maps, header = region_maps(images, maps_file, *made_from, workers, args.skip_unreadable)
     policy = "simclr" if args.objective == "ntxent" else "byol"
     data = ImageRegions(images, maps, header, args.size, args.seed, policy, spanning=args.masks == "odin")
-    plan.check_batches(args, planned or len(data), data.num_regions)
+    every = sample_of or images
+    plan.check_batches(args, every, len(every) if sample_of else len(data), data.num_regions)
     return data
 
 
@@ -246,10 +254,12 @@ def train(args, signals: distributed.StopSignals) -> int:
     progress, report = Progress(), Report(out, schedule, args.tensorboard)
     guard = NonFiniteGuard(model, progress)
     resume(checkpoint, args, data, model, optimizer, progress, report)
+    with autocast(device):
+        plan.check_memory(model, args, started=progress.step > 0, quiet=True)
     steps = range(progress.step, schedule.steps)
     order = Batches(len(data), args.batch_size, steps, args.seed, rank, world, args.accum)
     batches = copy_ahead(load_batches(data, order, args.workers, device), device)
-    report.start(f"{args.arch} on {world} x {device.type}, ops: {r2o.extension(device)}", data, progress.step)
+    report.start(f"{args.arch} on {world} x {device.type}, {cli.ops(device)}", data, progress.step)
 
     for step in steps:
         k, lr, tau = schedule(step)
@@ -277,7 +287,7 @@ def train(args, signals: distributed.StopSignals) -> int:
         last = progress.step == schedule.steps
         if stop or last or not progress.skipped_in_a_row:  # within a streak, keep the checkpoint before it
             checkpoint.save(required=stop, epoch=epoch, masks=report.masks, **progress.state_dict())
-        if rest == 0:
+        if rest == 0 and not args.skip_unreadable:
             check_readable(record, schedule)
         if stop and not last:
             if rank == 0:
@@ -296,7 +306,7 @@ def check_readable(record: dict, schedule: r2o.Schedule):
     """Raise UsageError if more than 1 % of an epoch's images could no longer be read."""
     few = record["unreadable"] <= schedule.steps_per_epoch * schedule.batch_size / 100
     lost = f"{record['unreadable']} images of epoch {record['epoch']}, more than 1 %,"
-    need(few, f"{lost} can no longer be read: restore them and rerun the command")
+    need(few, f"{lost} can no longer be read: restore them and rerun the command, or pass --skip-unreadable")
 
 
 # ---- Instead of training ---------------------------------------------------------------------------------------------
@@ -311,38 +321,46 @@ def prepare(args) -> int:
 
 
 def dry_run(args) -> int:
-    """Print the plan, and time a few steps on at most 256 of the images. Writes nothing."""
+    """Print the plan, and time some images. Writes nothing, and takes seconds."""
     rank, world, device = distributed.place()
     images = open_images(args)
-    sample = ImageList(images.root, ((images[i], 0) for i in evenly(len(images), 256)))
+    sample = ImageList(images.root, ((images[i], 0) for i in evenly(len(images), 64)))
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        data = open_data(args, sample, f"{folder}/regions.npy", len(images))
+        data = open_data(args, sample, f"{folder}/regions.npy", images)
         seconds = (time.perf_counter() - began) * max(args.workers, 1) / len(sample)
         schedule = make_schedule(args, len(images), data.num_regions)
         if rank == 0:
-            group = min(args.kmeans_group, args.batch_size // args.accum) if args.masks != "prior" else 0
-            plan.print_plan(schedule, len(images), world, args.accum, group)
+            plan.print_plan(args, schedule)
             plan.print_maps_plan(Path(args.regions), len(images), args.size // 4, seconds)
         model, ddp, optimizer = build(args, data.num_regions)
-        share = args.batch_size // world // args.accum
         with autocast(device):
-            plan.check_memory(model, share, args.size, device)
+            plan.check_memory(model, args)
         order = itertools.cycle(range(len(data)))
-        keys = [[(rank, next(order)) for _ in range(share)] for _ in range(4 * args.accum)]
-        batches, taken = copy_ahead(load_batches(data, keys, args.workers, device), device), []
-        for step in range(4):
-            began = time.perf_counter()
-            k, lr, tau = schedule(step)
-            stats = forward_backward(ddp, batches, args.accum, k, seed=step)
-            update(model, optimizer, lr, tau)
-            stats["loss"].item()  # wait for the GPU
-            taken.append(time.perf_counter() - began)
+
+        def time_steps(images: int, steps: int) -> list[float]:
+            keys = [[(rank, next(order)) for _ in range(images)] for _ in range(steps)]
+            batches, taken = copy_ahead(load_batches(data, keys, args.workers, device), device), []
+            for step in range(steps):
+                began = time.perf_counter()
+                k, lr, tau = schedule(step)
+                stats = forward_backward(ddp, batches, 1, k, seed=step)
+                update(model, optimizer, lr, tau)
+                stats["loss"].item()  # wait for the GPU
+                taken.append(time.perf_counter() - began)
+            return taken
+
+        share, n, slow = args.batch_size // world // args.accum, 2, device.type != "cpu"
+        while not slow and n < share:  # a CPU's speed hardly depends on the number of images
+            slow = distributed.agree(torch.ones((), dtype=torch.bool), time_steps(n, 2)[1] > 0.5)[1]  # on any rank
+            n *= 1 if slow else 2
+        n = min(n, share) if device.type == "cpu" else share
+        least, median, most = sorted(time_steps(n, 4)[1:])  # the first warms up
     if rank == 0:
-        least, median, most = sorted(taken[1:])  # the first warms up
-        speed, whole = args.batch_size / median, plan.duration(median * schedule.steps)
-        took = f"3 steps took {median:.3g} s each ({least:.3g} to {most:.3g})"
-        print(f"{took} on {world} x {device.type}, ops: {r2o.extension(device)}: {speed:.4g} images/s, {whole} in all")
+        speed = n * world / median
+        whole = plan.duration(schedule.steps * args.batch_size / speed)
+        took = f"3 steps of {n * world} images took {median:.3g} s each ({least:.3g} to {most:.3g})"
+        print(f"{took} on {world} x {device.type}, {cli.ops(device)}: {speed:.4g} images/s, {whole} in all")
         if device.type == "cuda":
             print(f"peak memory of rank 0: {plan.size_of(torch.cuda.max_memory_allocated(device))}")
     return 0

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import r2o
 from evals.measures import match_foreground, segment_features
 from evals.truth import need_same_shape, read_ids, readable
+from runtime import cli
 from runtime.cli import Parser, count, need
 from runtime.images import read_image
 from runtime.pictures import paint, resize_labels
@@ -94,7 +95,7 @@ def open_checkpoints(ckpt: str, arch, images: list, size: int, device, network: 
             names = ("epochs", "k_start", "k_end", "hold_epochs", "schedule")
             k = r2o.num_clusters(epoch, *(args[name] for name in names))
         encoder, line = calibrated_encoder(path, arch, square_batches(images, size), device, network)
-        print(f"{line}; ops: {r2o.extension(device)}", flush=True)
+        print(f"{line}; {cli.ops(device)}", flush=True)
         usual = {"masks": "predicted", "prior": "slic", "kmeans_group": 32}
         if unlike := [f"--{n.replace('_', '-')} {args[n]}" for n, x in usual.items() if (args or {}).get(n, x) != x]:
             print(f"note: it was trained with {' '.join(unlike)}; here masks are predicted from SLIC's regions")

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import r2o
 from runtime import distributed
 
 
@@ -24,8 +25,8 @@ def need(ok, message: str):
         raise UsageError(message)
 
 
-def need_package(name: str, purpose: str):
-    need(importlib.util.find_spec(name), f"{purpose} needs the package {name}: pip install {name}")
+def need_package(name: str, purpose: str, module: str = ""):
+    need(importlib.util.find_spec(module or name), f"{purpose} needs the package {name}: pip install {name}")
 
 
 def printable(text: str) -> str:
@@ -112,6 +113,13 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
 
 
 count, natural, rate = number(int, 1), number(int, 0), number(float, 0)
+
+
+def ops(device) -> str:
+    """Which code runs the ops, and what to do if it is the slow one."""
+    found = r2o.extension(device)
+    build = "; python setup.py build_ext --inplace makes the mask step 3 to 8 times faster, see docs/performance.md"
+    return f"ops: {found}{build if found == 'python' else ''}"
 
 
 def bar(*args, **kwargs) -> tqdm:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import struct
+import warnings
 from array import array
 from pathlib import Path
 
@@ -15,26 +16,26 @@ from torchvision.transforms.v2 import functional as TF
 from runtime.cli import UsageError, need
 
 EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".gif", b".bmp", b".tif", b".tiff", b".ppm", b".pgm")
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # read_image() has a limit, half of which is fine
 DAMAGE = (ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)  # Pillow's, besides OSError
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Any image file as uint8 RGB (3, h, w), EXIF applied; an animation's first frame. Raises OSError if damaged."""
+    """Any image file as uint8 RGB (3, h, w), EXIF applied; an animation's first frame. Raises OSError if it is damaged
+    or has more than 179 million pixels, Pillow's limit."""
     try:
-        file = read_file(os.fspath(path))
-        if bytes(file[:4].tolist()) == b"GIF8":  # damaged ones crash torchvision (pytorch/vision issue 9551)
-            raise RuntimeError
-        image = decode_image(file, ImageReadMode.RGB, apply_exif_orientation=True)
-    except RuntimeError:  # a format that torchvision does not read (BMP, TIFF, …), or damaged: Pillow decides
-        try:
-            with Image.open(path) as file:
-                if file.mode[0] in "IF":
-                    raise OSError(f"{file.mode} pixels: save it with 8 bits a channel")
-                return TF.pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
-        except DAMAGE as e:
-            raise OSError(f"{type(e).__name__}: {e}") from None
-    image = image[0] if image.ndim == 4 else image
-    return image if image.dtype == uint8 else (image.int() // 257).to(uint8)  # 16-bit PNG
+        with Image.open(path) as file:
+            if file.format != "GIF":  # damaged ones crash torchvision (pytorch/vision issue 9551)
+                try:
+                    image = decode_image(read_file(os.fspath(path)), ImageReadMode.RGB, apply_exif_orientation=True)
+                    return image if image.dtype == uint8 else (image.int() // 257).to(uint8)  # 16-bit PNG
+                except RuntimeError:  # a format that torchvision does not read (BMP, TIFF, …), or damaged
+                    pass
+            if file.mode[0] in "IF":
+                raise OSError(f"{file.mode} pixels: save it with 8 bits a channel")
+            return TF.pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
+    except DAMAGE as e:
+        raise OSError(f"{type(e).__name__}: {e}") from None
 
 
 class PackedList:

@@ -1,7 +1,10 @@
 """What a run will do and need: whether its flags suit each other and the data, its schedule, region maps, memory."""
 
+import contextlib
 import functools
+import math
 import os
+import shlex
 from pathlib import Path
 
 import torch
@@ -9,7 +12,9 @@ from tqdm import tqdm
 
 import r2o
 from runtime import distributed
-from runtime.cli import need, need_package
+from runtime.cli import need, need_package, warn
+from runtime.folders import median_side
+from runtime.images import ImageList
 
 duration = tqdm.format_interval  # of seconds, H:MM:SS
 size_of = functools.partial(tqdm.format_sizeof, suffix="B")
@@ -39,32 +44,77 @@ def check_flags(args):
         need_package("tensorboard", "--tensorboard")
 
 
-def check_batches(args, images: int, num_regions: int):
-    """Refuse batches that cannot work: before the region maps are computed, and again when num_regions is known."""
+def check_batches(args, images: ImageList, readable: int, num_regions: int):
+    """Refuse batches that cannot work: before the region maps are computed, and again when num_regions is known.
+    readable: how many images there are, without unreadable ones."""
     world = distributed.place()[1]
     batch, parts = args.batch_size, world * args.accum
-    group = min(args.kmeans_group, max(min(batch, images) // args.accum, 1))
-    fits = max(images // (parts * group) * parts * group, 1)
-    need(batch <= images, f"--batch-size {batch} is larger than the data ({images} images): pass at most {fits}")
+    if batch > readable:
+        larger = f"--batch-size {batch} is larger than the data ({readable} images)"
+        need(False, f"{larger}: pass less. This command suits them and this machine: {command_for(args, images)}")
     accum = f" in {args.accum} micro-batches" if args.accum > 1 else ""
     need(batch % parts == 0, f"{world} processes cannot share --batch-size {batch}{accum}: pass a multiple of {parts}")
-    share, k = batch // parts, max(args.k_start, args.k_end)
-    divides = share % group == 0 or (group % share == 0 and batch // args.accum % group == 0)
-    mend = f"pass --batch-size a multiple of {parts * group}, or another --kmeans-group"
-    need(divides, f"{share} images per process do not divide into K-means groups of {group}: {mend}")
+    k, group = max(args.k_start, args.k_end), group_size(args)
     larger = "--kmeans-group" if group == args.kmeans_group else "--batch-size"
     regions = f"the regions of one K-means ({group} images of at most {num_regions})"
     few = args.masks == "prior" or k <= group * num_regions
     need(few, f"{k} clusters are more than {regions}: lower --k-start and --k-end, or raise {larger}")
 
 
-def print_plan(schedule: r2o.Schedule, images: int, world: int, accum: int, group: int):
-    """Steps, batches, and the schedule at its milestones. group: images clustered together; 0: no K-means."""
-    batch, epochs = schedule.batch_size, schedule.epochs
-    print(f"{images:,} images: {epochs} epochs of {schedule.steps_per_epoch:,} steps, {schedule.steps:,} in all")
-    clusters = f"{batch // group} K-means of {group} images per step" if group else "no K-means"
-    parts = f"{world} process(es) x {accum} micro-batch(es) x {batch // world // accum} images"
+def group_size(args) -> int:
+    """How many images are clustered together."""
+    world = distributed.place()[1]
+    share = args.batch_size // world // args.accum
+    groups, ranks = r2o.kmeans_groups(share, world, args.kmeans_group)
+    return -(-share * ranks // groups)
+
+
+def command_for(args, images: ImageList) -> str:
+    """A complete command that suits so many images of their size, and this machine: minutes for hundreds of images on a
+    CPU, and as many processes as now."""
+    _, world, device = distributed.place()
+    n, side, cpu = len(images), median_side(images), device.type == "cpu"
+    tiny = cpu or side <= 96
+    arch, size = ("tiny", 64 if side <= 64 else 96) if tiny else ("resnet18" if n < 100_000 else "resnet50", 224)
+    batch = world * 2 ** int(math.log2(max(min(128 if tiny else 256, n / 6) / world, 1)))
+    epochs = min(300, max(10, round((12_000 if cpu else 2_000_000) / n)))
+    k = max(8, (32 if tiny else 128) * min(batch, 32) // 32), 6 if tiny else 4
+    flags = f"--arch {arch} --size {size} --epochs {epochs} --batch-size {batch} --k-start {k[0]} --k-end {k[1]}"
+    flags += " --hidden 512 --dim 64 --lr 1 --lr-k 0" if tiny else ""
+    if not cpu:
+        model = r2o.R2O(arch, hidden=512 if tiny else 4096, dim=64 if tiny else 256).to(device)
+        flags += f" --accum {fitting_accum(model, batch // world, size, device) or batch // world}"
+    given = {"data": args.data, "subset": args.subset, "out": args.out if args.out != "out" else None}
+    paths = " ".join(f"--{name} {shlex.quote(path)}" for name, path in given.items() if path)
+    launch = f"torchrun --nproc_per_node={world} train.py" if world > 1 else "python train.py"
+    return f"{launch} {paths} {flags}"
+
+
+def cells(arch: str, size: int) -> tuple[int, int]:
+    """The sides of C4 and C5 for images of this size."""
+    with torch.device("meta"):
+        net, x = r2o.build_encoder(arch), torch.empty(2, 3, size, size)
+        return r2o.encode_c4(net, x).shape[-1], r2o.encode(net, x).shape[-1]
+
+
+def check_cells(args):
+    """Warn where masks are too coarse to follow objects."""
+    c4, _ = cells(args.arch, args.size)
+    if c4 < 8 and args.masks != "prior" and args.assign == "pixel":
+        grid = f"masks have {c4} x {c4} cells (C4 of --arch {args.arch} at --size {args.size}), few for an object"
+        warn(f"{grid}: pass a larger --size, --arch tiny, or --assign region")
+
+
+def print_plan(args, schedule: r2o.Schedule):
+    """Steps, batches, grids, and the schedule at its milestones."""
+    batch, epochs, world = schedule.batch_size, schedule.epochs, distributed.place()[1]
+    print(f"{epochs} epochs of {schedule.steps_per_epoch:,} steps, {schedule.steps:,} in all")
+    group = group_size(args)
+    clusters = "no K-means" if args.masks == "prior" else f"{-(-batch // group)} K-means of {group} images per step"
+    parts = f"{world} process(es) x {args.accum} micro-batch(es) x {batch // world // args.accum} images"
     print(f"batches of {batch}: {parts}, {clusters}")
+    c4, c5 = cells(args.arch, args.size)
+    print(f"grids: C4, of masks, {c4} x {c4} cells; C5, of features, {c5} x {c5}")
     print("epoch    K  learning rate      tau   (at its end)")
     milestones = {1, round(epochs / 100), schedule.hold_epochs, *(round(epochs * i / 3) for i in (1, 2, 3))}
     for epoch in sorted(e for e in milestones if 1 <= e <= epochs):
@@ -78,24 +128,47 @@ def print_maps_plan(maps_file: Path, images: int, size: int, seconds_per_map: fl
     print(f"region maps: {size_of(images * size**2)}, {f'already in {maps_file}' if maps_file.exists() else took}")
 
 
-def check_memory(model: r2o.R2O, images: int, size: int, device: torch.device):
-    """Print an estimate of the memory that a micro-batch of so many images takes. Raise UsageError if there is less."""
+def memory_of(device: torch.device) -> float:
+    """Bytes of a GPU; or of the machine, or of the container if that is less, shared among its processes."""
     if device.type == "cuda":
-        have = torch.cuda.mem_get_info(device)[1]
-    else:
-        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needed = training_memory(model, images, size, device)
-    fits = f"about {size_of(needed)} for {images} images at a time, of {size_of(have)}"
-    if distributed.place()[0] == 0:
+        return torch.cuda.mem_get_info(device)[1]
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # another system's, or no limit
+            have = min(have, int(Path(file).read_text()))
+    return have / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def check_memory(model: r2o.R2O, args, started: bool = False, quiet: bool = False):
+    """Raise UsageError if a micro-batch needs more memory than there is; only warn if the run has started, since this
+    is an estimate. Otherwise print it, unless quiet."""
+    rank, world, device = distributed.place()
+    share, have = args.batch_size // world // args.accum, memory_of(device)
+    needed = training_memory(model, share, args.size, device)
+    fits = f"about {size_of(needed)} for {share} images at a time, of {size_of(have)}"
+    if needed > have:
+        accum = fitting_accum(model, share, args.size, device)
+        mend = f"pass --accum {args.accum * accum}" if accum else "pass a lower --size or another --arch"
+        need(started, f"too little memory for each process ({fits}): {mend}, or use more machines")
+        if rank == 0:
+            warn(f"there may be too little memory ({fits})")
+    elif rank == 0 and not quiet:
         print(f"memory of each process: {fits}", flush=True)
-    need(needed <= have, f"too little memory ({fits}): raise --accum, lower --batch-size, or use more processes")
+
+
+def fitting_accum(model: r2o.R2O, share: int, size: int, device: torch.device) -> int | None:
+    """Into how many micro-batches a process must divide so many images; None if one image is too much."""
+    have = memory_of(device)
+    parts = (n for n in range(1, share + 1) if share % n == 0)
+    return next((n for n in parts if training_memory(model, share // n, size, device) <= 0.9 * have), None)
 
 
 def training_memory(model: r2o.R2O, images: int, size: int, device: torch.device) -> float:
     """Estimate the bytes that a micro-batch of so many images takes on `device`: weights, gradients, momentum and
     update; views in float32; the activations that the encoder keeps for the backward pass, measured; and a contrastive
     objective's matrices of sampled masks by keys."""
-    kept = []
+    kept, encoder = [], model.online["encoder"]
+    before = [b.clone() for b in encoder.buffers()]  # of batch norm, which the forward passes update
     for views in (2, 4):
         x = torch.zeros(views, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
         storages = {}
@@ -105,9 +178,11 @@ def training_memory(model: r2o.R2O, images: int, size: int, device: torch.device
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            c5 = r2o.encode(model.online["encoder"], x)
+            c5 = r2o.encode(encoder, x)
         kept.append(sum(storages.values()))
         del c5
+    for b, x in zip(encoder.buffers(), before, strict=True):
+        b.copy_(x)
     weights = sum(p.nbytes for p in model.parameters())
     weights += 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
     rows = images * getattr(model, "samples", 0)  # of each view

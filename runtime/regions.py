@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import r2o
 from runtime import distributed
-from runtime.cli import UsageError, bar, need, printable
+from runtime.cli import UsageError, bar, need, need_package, printable
 from runtime.images import ImageList, read_image
 from runtime.storage import make_folder, save_atomically, try_lock
 
@@ -23,15 +23,23 @@ SAVE_SECONDS = 1  # between progress flushes: the most work a kill can cost
 
 
 def region_maps(
-    images: ImageList, path: str | Path, prior: str = "slic", num_segments: int = 100, size: int = 56, workers: int = 0
+    images: ImageList,
+    path: str | Path,
+    prior: str = "slic",
+    num_segments: int = 100,
+    size: int = 56,
+    workers: int = 0,
+    skip_unreadable: bool = False,
 ) -> tuple[np.ndarray, dict]:
     """The region maps of all images, (n, size, size) uint8, memory-mapped from `path` (.npy); computed if missing.
 
     One of the processes that share the folder computes them while the others wait. If it is killed, it or another
     resumes from its last flush. The header beside the maps (.json) records what they were made from (prior, its
     parameters, scikit-image's version, a fingerprint of names and file sizes), num_regions (all ids are below it) and
-    the unreadable images. Raises UsageError if they were made from anything else, or over 1 % are unreadable.
+    the unreadable images. Raises UsageError if they were made from anything else, if no image can be read, or, unless
+    skip_unreadable, if over 1 % cannot.
     """
+    need_package("scikit-image", "the region prior", "skimage")
     path, header_path = Path(path), Path(path).with_suffix(".json")
     need(path.suffix == ".npy" and not path.is_dir(), f"the region maps' file must end in .npy, got {path}")
     made_from = {
@@ -48,7 +56,7 @@ def region_maps(
         if lock := try_lock(path.with_suffix(".lock")):
             with lock:
                 if not path.exists():
-                    _make_maps(images, path, header_path, made_from, workers)
+                    _make_maps(images, path, header_path, made_from, workers, skip_unreadable)
                 Path(lock.name).unlink(missing_ok=True)
             break
         if waited == 60:
@@ -68,7 +76,7 @@ def region_maps(
     return maps, header
 
 
-def _make_maps(images: ImageList, path: Path, header_path: Path, made_from: dict, workers: int):
+def _make_maps(images: ImageList, path: Path, header_path: Path, made_from: dict, workers: int, skip: bool):
     """Append map after map to path.partial. Every SAVE_SECONDS path.progress records how many are on disk."""
     partial, progress = path.with_suffix(".partial"), path.with_suffix(".progress")
     state = _load_progress(partial, progress, made_from)
@@ -92,14 +100,16 @@ def _make_maps(images: ImageList, path: Path, header_path: Path, made_from: dict
                 if problem:
                     state["unreadable"].append([state["done"], problem])
                     tqdm.write(f"unreadable: {problem}")
-                many = len(state["unreadable"]) > n / 100
-                need(not many, f"more than 1 % of the images in {images.root} are unreadable, the last {problem}")
+                few = skip or len(state["unreadable"]) <= n / 100
+                mend = "restore them, or pass --skip-unreadable"
+                need(few, f"more than 1 % of the images in {images.root} are unreadable, the last {problem}: {mend}")
                 state["done"] += 1
                 if time.monotonic() - saved_at >= SAVE_SECONDS or state["done"] == n:
                     saved_at = time.monotonic()
                     f.flush()
                     os.fsync(f.fileno())
                     _save_json(progress, state | {"made_from": made_from})
+        need(len(state["unreadable"]) < n, f"no image in {images.root} can be read")
         _save_json(header_path, made_from | {key: state[key] for key in ("num_regions", "unreadable")})
         os.replace(partial, path)
     except (SystemExit, KeyboardInterrupt):
@@ -152,6 +162,7 @@ class _Priors(Dataset):
 
 def slic_prior(path: str, image: torch.Tensor, num_segments: int, size: int) -> torch.Tensor:
     """r2o.slic_regions, whose ValueError becomes UsageError."""
+    need_package("scikit-image", "the region prior", "skimage")
     try:
         return r2o.slic_regions(image, num_segments, size)
     except ValueError as e:

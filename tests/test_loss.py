@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import r2o
 
@@ -212,5 +214,39 @@ def test_k_means_groups_do_not_see_each_other():
         for i in (0, 2)
     ]
     assert torch.equal(together, torch.cat(apart))
-    with pytest.raises(ValueError, match="K-means groups of 3"):
-        model(kmeans_group=3)(*batch(), 5, rng())
+
+
+@pytest.mark.parametrize("assign", ["pixel", "region"])
+def test_a_batch_may_leave_a_smaller_group_and_its_masks_are_its_own(assign):
+    """4 images in groups of at most 3: 2 + 2. 3 in groups of at most 2: 2 + 1."""
+    r2o_model = model(kmeans_group=3, assign=assign).eval()
+    images, views, regions, boxes, flips = batch()
+    encoder = r2o_model.target["encoder"]
+    for n, most, parts in ((4, 3, (2, 2)), (3, 2, (2, 1)), (4, 32, (4,))):
+        assert r2o.kmeans_groups(n, 1, most) == (len(parts), 1)
+        u = r2o.seeding_uniforms(len(parts), 5, rng())
+        together = r2o_model.predict_masks(encoder, images[:n], regions[:n], 5, u)
+        starts = [sum(parts[:i]) for i in range(len(parts))]
+        apart = [
+            r2o_model.predict_masks(encoder, images[s : s + size], regions[s : s + size], 5, u[i : i + 1])
+            for i, (s, size) in enumerate(zip(starts, parts, strict=True))
+        ]
+        assert torch.equal(together, torch.cat(apart))
+    three = views.unflatten(0, (2, 4))[:, :3].flatten(0, 1)
+    loss, stats = model(kmeans_group=2)(images[:3], three, regions[:3], boxes[:3], flips[:3], 5, rng())
+    loss.backward()
+    assert loss.isfinite() and 0 < stats["largest"] <= 1 and stats["clusters"] <= 5
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 600), st.integers(1, 16), st.integers(1, 64))
+def test_groups_are_as_large_as_they_may_be(images, world, most):
+    """No larger, of whole sets of ranks, none of them empty, and of one size where that is possible."""
+    groups, ranks = r2o.kmeans_groups(images, world, most)
+    each = -(-images * ranks // groups)
+    assert each <= most and world % ranks == 0 and 1 in (groups, ranks)
+    assert max(each - groups, 0) < images * ranks - (groups - 1) * each <= each
+    if images % most == 0:
+        assert (groups, ranks) == (images // most, 1)
+    if most % images == 0 and world % (most // images) == 0:
+        assert (groups, ranks) == (1, most // images)

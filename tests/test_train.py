@@ -1,7 +1,6 @@
 """train.py as its users run it: real processes, real files."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -174,8 +173,7 @@ def test_one_batch_can_be_overfitted():
     "flags, said",
     [
         (["--data", "nowhere"], "no such folder: nowhere"),
-        (["--batch-size", "25"], r"--batch-size 25 is larger than the data (24 images): pass at most 24"),
-        (["--batch-size", "6"], "6 images per process do not divide into K-means groups of 4"),
+        (["--batch-size", "25"], r"--batch-size 25 is larger than the data (24 images): pass less. This command"),
         (["--k-start", "900"], "900 clusters are more than the regions of one K-means (4 images of at most"),
         (["--k-start", "900"], "lower --k-start and --k-end, or raise --kmeans-group"),
         (["--k-start", "900", "--kmeans-group", "16"], "lower --k-start and --k-end, or raise --batch-size"),
@@ -260,20 +258,22 @@ def test_prepare_makes_the_maps_and_ends(photos, tmp_path, capsys):
 def test_a_dry_run_says_what_it_costs_and_writes_nothing(photos, tmp_path, capsys):
     train.main(["--data", str(photos), "--out", str(tmp_path / "out"), *SMALL, "--dry-run", "--accum", "2"])
     said = capsys.readouterr().out
-    assert "24 images: 3 epochs of 3 steps, 9 in all" in said
+    assert "12 in a, 12 in b\n3 epochs of 3 steps, 9 in all" in said
     assert "batches of 8: 1 process(es) x 2 micro-batch(es) x 4 images, 2 K-means of 4 images per step" in said
-    assert re.search(r"3 steps took [\d.e-]+ s each .* images/s, [\d:]+ in all", said)
+    assert re.search(r"3 steps of 4 images took [\d.e-]+ s each .* images/s, [\d:]+ in all", said)
     assert not (tmp_path / "out").exists()
 
 
 def test_the_plan_of_the_papers_run(capsys, monkeypatch, tmp_path):
     """K of Fig. 5; the learning rate 0.3 * 4096 / 256 * K / 16; 4 GB of region maps."""
     monkeypatch.setattr(distributed, "cores", lambda: 64)
-    schedule = train.make_schedule(train.parse_args(["--data", "x"]), 1281167)
-    plan.print_plan(schedule, 1281167, world=8, accum=1, group=32)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    args = train.parse_args(["--data", "x"])
+    plan.print_plan(args, train.make_schedule(args, 1281167))
     plan.print_maps_plan(tmp_path / "regions.npy", 1281167, 56, seconds_per_map=0.02)
     said = capsys.readouterr().out
-    assert "1,281,167 images: 300 epochs of 312 steps, 93,600 in all" in said
+    assert "300 epochs of 312 steps, 93,600 in all" in said
+    assert "C4, of masks, 14 x 14 cells; C5, of features, 7 x 7" in said
     assert "batches of 4096: 8 process(es) x 1 micro-batch(es) x 512 images, 128 K-means of 32 images per step" in said
     assert "region maps: 4.02GB" in said and "06:40 on 64 cores" in said
     table = {
@@ -286,10 +286,28 @@ def test_the_plan_of_the_papers_run(capsys, monkeypatch, tmp_path):
     assert float(table[300][1]) < 1e-6 and float(table[1][2]) == 0.99 and float(table[300][2]) == 1
 
 
-def test_a_dry_run_refuses_what_does_not_fit_the_memory(photos, tmp_path, refuse, monkeypatch):
-    monkeypatch.setattr(os, "sysconf", lambda name: 1000)
-    said = refuse("--data", photos, "--out", tmp_path / "out", *SMALL, "--dry-run")
-    assert "too little memory (about" in said and "of 1.00MB): raise --accum" in said
+@pytest.mark.parametrize("mode", [["--dry-run"], []])
+def test_what_does_not_fit_the_memory_is_refused_before_training(photos, tmp_path, refuse, monkeypatch, mode):
+    """With the --accum that does fit; a run that has begun goes on, for it is an estimate."""
+    flags = ["--data", photos, "--out", tmp_path / "out", *SMALL, "--size", 64, "--regions", tmp_path / "r.npy", *mode]
+    model = r2o.R2O("tiny", hidden=16, dim=8)
+    needed = [plan.training_memory(model, n, 64, torch.device("cpu")) for n in (2, 4, 8)]
+    monkeypatch.setattr(plan, "memory_of", lambda device: 0.5 * (needed[1] + needed[2]))
+    said = refuse(*flags)
+    assert "too little memory for each process (about" in said and "for 8 images at a time" in said
+    assert "pass --accum 2, or use more machines" in said and not (tmp_path / "out/last.pth").exists()
+    train.main([str(f) for f in (*flags, "--accum", 2)])
+    monkeypatch.setattr(plan, "memory_of", lambda device: 1000)
+    assert "pass a lower --size or another --arch" in refuse(*flags[: -len(mode) or None], "--out", tmp_path / "2")
+    if not mode:
+        train.main([str(f) for f in (*flags, "--accum", 2)])
+
+
+def test_looking_at_the_memory_changes_no_weight_and_no_statistic():
+    model = r2o.R2O("tiny", hidden=16, dim=8)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    plan.training_memory(model, 8, 64, torch.device("cpu"))
+    assert same(before, dict(model.state_dict()))
 
 
 def test_the_memory_that_is_foreseen_is_that_which_is_taken():
