@@ -10,6 +10,7 @@ predicted masks fit the objects (average best overlap, Fig. 4), for the encoder 
 SLIC prior. Objects and backgrounds are light or dark at random; only objects are patterned: the encoder's clue.
 """
 
+import runtime  # isort: skip  # noqa: F401  (says what is not installed)
 import json
 import subprocess
 import sys

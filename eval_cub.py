@@ -10,6 +10,7 @@ choice, so the figures say how well some segment fits the object, not whether on
 foreground's IoU over images: hold that against the paper's "mIOU", which does not say whether it means the two classes.
 """
 
+import runtime  # isort: skip  # noqa: F401  (says what is not installed)
 from evals import common
 from evals.common import (
     add_encoder_flags,

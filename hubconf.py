@@ -16,7 +16,9 @@ def encoder(ckpt: str, arch: str | None = None):
     from runtime.weights import load_encoder
 
     net, _ = load_encoder(ckpt, arch)
-    need(net.arch != "tiny", f"{ckpt} holds the encoder tiny, which torchvision lacks: use load_encoder")
+    need(
+        net.arch != "tiny", f"{ckpt} holds the encoder tiny, which torchvision lacks: use runtime.weights.load_encoder"
+    )
     if net.arch == "vit_b":
         return net
     whole = get_model(net.arch, weights=None)

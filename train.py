@@ -11,6 +11,7 @@ Exit status: 0 finished; 2 bad arguments, data, disk, memory or loss, in one lin
 by Ctrl-C, after saving: rerun the same command to resume. Under torchrun the status is torchrun's own, 1 for these.
 """
 
+import runtime  # isort: skip  # noqa: F401  (says what is not installed)
 import contextlib
 import itertools
 import tempfile
@@ -55,9 +56,12 @@ def parse_args(argv=None):
     add("--prepare", action="store_true", help="compute the region maps and exit")
     add("--dry-run", action="store_true", help="print the plan, time a few steps, write nothing")
     add = p.add_argument_group("training (A.1)").add_argument
-    add("--arch", default="resnet50", choices=r2o.ARCHS, help="resnet18 for small data, tiny for 64-pixel images")
+    add("--arch", default="resnet50", choices=r2o.ARCHS, help="resnet18 for small data, tiny for up to 100 pixels")
     add(
-        "--objective", default="byol", choices=("byol", "detcon", "ntxent"), help="loss; others than byol: A.4, Table 1"
+        "--objective",
+        default="byol",
+        choices=("byol", "detcon", "ntxent"),
+        help="loss; the others are of Table 1 and A.4",
     )
     add("--epochs", type=count, default=300, help="passes over the data; raise for small data")
     add("--batch-size", type=count, default=4096, help="images per step, over all processes; lower for small data")
@@ -359,7 +363,9 @@ def dry_run(args) -> int:
     if rank == 0:
         speed = n * world / median
         whole = plan.duration(schedule.steps * args.batch_size / speed)
-        took = f"3 steps of {n * world} images took {median:.3g} s each ({least:.3g} to {most:.3g})"
+        took = (
+            f"3 steps of {n * world} of {args.batch_size} images took {median:.3g} s each ({least:.3g} to {most:.3g})"
+        )
         print(f"{took} on {world} x {device.type}, {cli.ops(device)}: {speed:.4g} images/s, {whole} in all")
         if device.type == "cuda":
             print(f"peak memory of rank 0: {plan.size_of(torch.cuda.max_memory_allocated(device))}")

@@ -3,8 +3,10 @@
 import contextlib
 import io
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,19 +46,16 @@ def _complete(images: list[dict], annotations: list[dict], categories: list[dict
     from pycocotools import mask as rle
 
     images, categories = ({x["id"]: x for x in listed} for listed in (images, categories))
+    sizes = corners = 0  # boxes that fit their polygon as x, y, width, height; as x, y, x, y
     need(annotations, f"{file} has no annotations: expected objects with their segmentations")
     for number, a in enumerate(annotations, 1):
         name = f"annotation {a.get('id', f'number {number}')} of {file}"
         for key, known in (("image_id", images), ("category_id", categories)):
             need(a[key] in known, f"{name} has {key} {a[key]}, none of the {len(known)} listed there")
         image, shape = images[a["image_id"]], a.get("segmentation")
-        whole, size = bool(shape), (image["height"], image["width"])
-        if isinstance(shape, list):
-            whole = whole and all(len(ring) >= 6 and len(ring) % 2 == 0 for ring in shape)
-        else:
-            whole = whole and tuple(shape["size"]) == size
+        size = image["height"], image["width"]
         shapes = "polygons of 3 points or more, or run lengths of the image's size; boxes alone do not do"
-        need(whole, f"{name} has no mask: expected as segmentation {shapes}")
+        need(is_mask(shape, *size), f"{name} has no mask: expected as segmentation {shapes}")
         a.setdefault("iscrowd", 0)
         if "bbox" not in a or "area" not in a:
             encoded = run_lengths(shape, *size)
@@ -64,10 +63,28 @@ def _complete(images: list[dict], annotations: list[dict], categories: list[dict
             a.setdefault("area", float(rle.area(encoded)))
         whole = len(a["bbox"]) == 4 and a["iscrowd"] in (0, 1) and a["area"] >= 0
         need(whole, f"{name} is incomplete: expected a bbox of 4, an area, and as iscrowd 0 or 1")
+        if isinstance(shape, list):
+            x, y = (max(max(ring[axis::2]) for ring in shape) for axis in (0, 1))
+        else:
+            x, y = np.add(*np.split(rle.toBbox(run_lengths(shape, *size)), 2))
+        left, top, w, h = a["bbox"]
+        sizes += abs(left + w - x) <= 3 and abs(top + h - y) <= 3
+        corners += abs(w - x) <= 3 and abs(h - y) <= 3
+    need(corners <= sizes, f"most boxes in {file} are x, y, x, y: expected x, y, width, height, as COCO's are")
     ids = {a.get("id", 0) for a in annotations}
     if len(ids) < len(annotations) or min(ids) < 1:  # pycocotools takes 0 for "unmatched"
         for number, a in enumerate(annotations, 1):
             a["id"] = number
+
+
+def is_mask(shape, height: int, width: int) -> bool:
+    """Whether a COCO segmentation can be decoded to an image's size."""
+    if isinstance(shape, list):
+        good = (len(ring) >= 6 and len(ring) % 2 == 0 and math.isfinite(math.fsum(ring)) for ring in shape)
+        return bool(shape) and all(good)
+    counts = shape and tuple(shape["size"]) == (height, width) and run_lengths(shape, height, width)
+    whole = not isinstance(shape and shape["counts"], list) or sum(shape["counts"]) == height * width
+    return bool(counts) and whole
 
 
 def run_lengths(segmentation, height: int, width: int) -> dict:

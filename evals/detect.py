@@ -12,6 +12,7 @@ their longer side has 0.8 to 1.25 times 1024 pixels, and cropped or padded to 10
 """
 
 import contextlib
+import hashlib
 import io
 import pickle
 from functools import partial
@@ -60,8 +61,8 @@ def parse_args(argv):
     p.add_argument("--val-split", default="val2017", help="split to evaluate on")
     args = p.parse_args(argv)
     need(args.size % 32 == 0, f"--size must be a multiple of 32, got {args.size}")
-    what = "COCO's folder, or images, JSON, images and JSON, to train on and to evaluate"
-    need(len(args.data) in (1, 4), f"--data takes one path or four, {what}, got {len(args.data)}")
+    what = "one path, COCO's folder, or four, IMAGES JSON IMAGES JSON: first to train on, then to evaluate on"
+    need(len(args.data) in (1, 4), f"--data takes {what}; got {len(args.data)}")
     if len(args.data) == 1:
         root, splits = args.data[0], (args.split, args.val_split)
         files = [(root / s, root / "annotations" / f"instances_{s}.json") for s in splits]
@@ -188,7 +189,7 @@ def average_precision(coco, found: list[dict], kind: str) -> tuple[dict[str, flo
     from pycocotools.cocoeval import COCOeval
 
     if not found:
-        return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}, "no detections"
+        return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}, "no detections: perhaps too few steps"
     other = {"bbox": "segmentation", "segm": "bbox"}[kind]
     with contextlib.redirect_stdout(io.StringIO()):
         results = coco.loadRes([{key: x for key, x in one.items() if key != other} for one in found])
@@ -258,7 +259,8 @@ def detect(args) -> int:
     args.warmup = min(1000, steps // 10) if args.warmup is None and args.epochs != 0 else args.warmup
     task = f"{f'COCO {args.val_split}' if its_data else val_file}, {len(val)} images, Mask R-CNN"
     task += f", {args.epochs} epochs" if args.epochs else ""
-    settings = {"size": args.size, "split": args.split, "warmup": args.warmup}
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    settings = {"data": digest, "size": args.size, "split": args.split, "warmup": args.warmup}
     more = {"images": len(val), "epochs": args.epochs, "val split": args.val_split} | settings
     measured = partial(train_and_measure, data=data, val=val)
     paper = PAPER[args.schedule] if not vit else VIT if args.schedule == "1x" else "none for 2x"

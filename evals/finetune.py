@@ -90,7 +90,11 @@ def resume(run: Run, checkpoint: Checkpoint, images: int, fingerprint: str, mode
         need(same, f"{path} was trained from other weights than --ckpt now holds: pass another --out")
         same = then.get("images") == images
         need(same, f"{path} was trained on {then.get('images')} images, not {images}: pass another --out")
-        need_same(path, then, settings, may_change=("epochs", "steps", "warmup") if args.epochs == 0 else ())
+        data = run.settings.get("data")
+        same = then.get("data", data) == data  # detect's older runs do not say
+        need(same, f"{path} was trained on other data: pass another --out")
+        ends = ("epochs", "steps", "warmup") if args.epochs == 0 else ()
+        need_same(path, then, settings, may_change=("data", *ends))
     last = checkpoint.restore({"settings": settings}, model, optimizer)
     if last:
         run.steps = last["step"], steps_of(last["settings"], images)

@@ -1,17 +1,20 @@
 """Images with a class for every pixel: PASCAL VOC 2012, Cityscapes, or one's own images and labels."""
 
+import hashlib
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import ExifTags, Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, tv_tensors
 
 from evals import finetune
 from evals.truth import list_pairs, readable, stored_values
-from runtime import distributed
+from runtime import cli, distributed
 from runtime.cli import UsageError, need
 from runtime.images import read_image
 
@@ -20,9 +23,9 @@ VOID = 255
 
 @dataclass
 class Recipe:
-    """A data set's classes, and how A.2 trains on it. ids: value of a label's pixel -> class or VOID. shape: what
-    images are resized to, before scaling and for evaluation. lr: the authors' configs'. sweep: what --lr paper stands
-    for. images: of val, by which the data set is recognized."""
+    """A data set's classes, and how A.2 trains on it. key: by which a run knows its data. ids: value of a label's pixel
+    -> class or VOID. shape: what images are resized to, before scaling and for evaluation. lr: the authors' configs'.
+    sweep: what --lr paper stands for. images: of val, by which the data set is recognized."""
 
     key: str
     title: str
@@ -125,7 +128,7 @@ def list_own(data: list[Path], split: str, val_split: str, suffix: str) -> tuple
 
     train, val = of(split), of(val_split)
     if train is None and val is None:
-        known = "VOCdevkit/VOC2012, of leftImg8bit and gtFine, or of images and labels; or two folders"
+        known = "VOCdevkit/VOC2012, of leftImg8bit and gtFine, or of images and labels; or IMAGES LABELS, two folders"
         folders = images.is_dir() and labels.is_dir()
         need(folders, f"{' '.join(map(str, data))} is none of these: expected the folder of {known}")
         defaults = (split, val_split) == ("train", "val")
@@ -134,7 +137,9 @@ def list_own(data: list[Path], split: str, val_split: str, suffix: str) -> tuple
         need(len(pairs) > 1, f"one image in {images}: expected at least one to train on, one to evaluate on")
         train, val = [p for i, p in enumerate(pairs) if i % 5], pairs[::5]
         if distributed.place()[0] == 0:
-            print(f"{images} has no folders train and val: {len(val)} images, every fifth, are held out for evaluation")
+            print(f"{images} has no folders train and val: every fifth image ({len(val)}) is held out for evaluation")
+            if inside := sorted(path.name for path in images.iterdir() if path.is_dir())[:9]:
+                print(f"it has {', '.join(inside)}: if these are splits, name them with --split and --val-split")
         return train, val
     lacks = split if train is None else val_split
     need(train and val, f"{images} has no folder {lacks}: expected {split} and {val_split}, or neither of them")
@@ -144,21 +149,36 @@ def list_own(data: list[Path], split: str, val_split: str, suffix: str) -> tuple
 def own_recipe(args, train: list, val: list) -> Recipe:
     """What --classes and --void say about one's own labels, all of which are read once, so that a wrong id ends the
     program before it has trained. Void ids are no classes, even if they are below the number of classes."""
-    void, seen = args.void or [], {}
-    labels = [label for _, label in train + val]
-    for ids, i in finetune.eval_samples(LabelIds(labels), args.workers, "reading labels"):
-        seen |= {id_: labels[i] for id_ in ids if id_ not in seen}
-    holds = f"they hold the ids {', '.join(map(str, sorted(seen)[:40]))}{', …' * (len(seen) > 40)}"
-    need(args.classes, f"own labels need --classes, a file with a name per line or how many there are: {holds}")
+    void, seen, rank = args.void or [], ({}, {}), distributed.place()[0]
+    settings = {"num_workers": args.workers, "worker_init_fn": distributed.ignore_stop_signals}
+    loader = DataLoader(LabelIds(train + val), batch_size=None, **settings)
+    for i, ids in enumerate(cli.bar(distributed.iterate(loader), "reading labels", len(loader), disable=rank > 0)):
+        for id_ in ids:
+            seen[i >= len(train)].setdefault(id_, (train + val)[i][1])
+    every = seen[1] | seen[0]
+    holds = f"hold the ids {', '.join(map(str, sorted(every)[:40]))}{', …' * (len(every) > 40)}"
+    binary = "; if 255 is the object, save it as 1" if {*every} == {0, 255} else ""
+    how_many = "a file with a name per line, or their number"
+    need(args.classes, f"labels of your own need --classes, {how_many}; yours {holds}{binary}")
     names = class_names(args.classes)
     known = [i for i in range(len(names)) if i not in void]
-    need(known, "--void names all of --classes: leave one")
-    for id_, path in sorted(seen.items()):
+    for id_, path in sorted(every.items()):
         classes = f"the {len(names)} classes of --classes are 0 to {len(names) - 1}"
-        mend = f"count them in, or pass --void {' '.join(map(str, sorted({*void, id_})))} to ignore it"
-        need(id_ in void or id_ in known, f"the label {path} holds id {id_}, but {classes}: {mend}")
+        mend = f"mend the file, count the id in, or pass --void {' '.join(map(str, sorted({*void, id_})))} to ignore it"
+        mend = mend if 0 <= id_ < 2**16 else "ids are at most 65,535"
+        need(id_ in void or id_ in known, f"the label {path} holds id {id_}, but {classes}{binary}: {mend}")
+    missing = [names[i] for i in known if i not in seen[0]]
+    of = f"{len(known)} classes that are not void{binary}"
+    need(len(known) - len(missing) > 1, f"the labels to train on {holds}, which are less than two of the {of}")
+    need({*known} & {*seen[1]}, f"all labels to evaluate on are void: {', '.join(map(str, sorted(seen[1])))}")
+    if missing and rank == 0:
+        cli.warn(f"no label to train on holds {', '.join(missing[:9])}{', …' * (len(missing) > 9)}")
     ids = {id_: i for i, id_ in enumerate(known)} | {id_: VOID for id_ in void}
-    return Recipe("own", " ".join(map(str, args.data)), [names[i] for i in known], ids, epochs=50)
+    digest = hashlib.sha256(repr([names, void]).encode())
+    for file in itertools.chain.from_iterable(train):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode(errors="surrogateescape"))
+    title = " ".join(map(str, args.data))
+    return Recipe(digest.hexdigest()[:16], title, [names[i] for i in known], ids, epochs=50)
 
 
 def class_names(given: str) -> list[str]:
@@ -167,7 +187,11 @@ def class_names(given: str) -> list[str]:
         names = [f"class {i}" for i in range(min(int(given), 1000))]
     else:
         need(Path(given).is_file(), f"no such file: --classes {given}; expected one with a name per line, or a number")
-        names = [line.strip() for line in Path(given).read_text(errors="replace").splitlines() if line.strip()]
+        try:
+            names = [line.strip() for line in Path(given).read_text("utf-8-sig").strip().splitlines()]
+        except ValueError as e:
+            raise UsageError(f"cannot read --classes {given} ({e}): expected UTF-8") from None
+        need(all(names), f"--classes {given} has an empty line: expected a name for each id")
     need(1 < len(names) < VOID, f"--classes {given} makes {len(names)} classes: expected 2 to {VOID - 1}")
     double = [name for name in names if names.count(name) > 1]
     need(not double, f"--classes {given} names {double[:1]} twice: expected a different name for each id")
@@ -180,6 +204,8 @@ def read_label(path: Path) -> Tensor:
         from scipy.io import loadmat
 
         return torch.from_numpy(loadmat(path)["GTcls"][0]["Segmentation"][0].astype(np.int64))
+    lossless = "expected PNG, since JPEG changes ids: make it again from the labels it came from"
+    need(path.suffix.lower() not in (".jpg", ".jpeg"), f"the label {path} is a JPEG: {lossless}")
     values, _ = stored_values(path)
     mend = "replace each color by its id, as in ids[(rgb == color).all(-1)] = 7, and save ids as a gray PNG"
     need(values.ndim == 2, f"the label {path} holds colors: expected one class id per pixel, gray or palette; {mend}")
@@ -187,16 +213,31 @@ def read_label(path: Path) -> Tensor:
 
 
 class LabelIds(Dataset):
-    """[i]: the ids in a label file, and i."""
+    """[i]: the ids in a label file. Raises UsageError if its shape is not that of its image, of which the header is
+    read. pairs: (image, label) files."""
 
-    def __init__(self, labels: list[Path]):
-        self.labels = labels
+    def __init__(self, pairs: list[tuple[Path, Path]]):
+        self.pairs = pairs
 
     def __len__(self):
-        return len(self.labels)
+        return len(self.pairs)
 
-    def __getitem__(self, i: int) -> tuple[list[int], int]:
-        return readable(read_label, self.labels[i]).unique().tolist(), i
+    def __getitem__(self, i: int) -> list[int]:
+        image, label = self.pairs[i]
+        values = readable(read_label, label)
+        need_shape(label, tuple(values.shape), readable(shape_of, image))
+        return values.unique().tolist()
+
+
+def shape_of(path: Path) -> tuple[int, int]:
+    """Of an image, from its header: height and width, as it is meant to be seen."""
+    with Image.open(path) as file:
+        turned = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return file.size if turned else file.size[::-1]
+
+
+def need_shape(label: Path, shape: tuple, of_image: tuple):
+    need(shape == of_image, f"the label {label} has shape {shape}, the image {of_image}: expected a class id per pixel")
 
 
 class Scenes(Dataset):
@@ -217,9 +258,7 @@ class Scenes(Dataset):
     def whole(self, i: int) -> tuple[Tensor, Tensor]:
         (path, file), last = self.pairs[i], len(self.table) - 1
         image, values = readable(read_image, path), readable(read_label, file)
-        shapes = tuple(values.shape), tuple(image.shape[1:])
-        expected = f"shape {shapes[0]}, the image {shapes[1]}: expected one class id per pixel"
-        need(shapes[0] == shapes[1], f"the label {file} has {expected}")
+        need_shape(file, tuple(values.shape), tuple(image.shape[1:]))
         label = self.table[values.clamp(0, last)]
         if (bad := (label < 0) | (values != values.clamp(0, last))).any():
             known = ", ".join(map(str, (self.table >= 0).nonzero()[:, 0].tolist()))

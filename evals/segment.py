@@ -25,7 +25,7 @@ from evals.measures import class_ious, confusion
 from evals.scenes import VOID, Recipe, Scenes, open_scenes
 from evals.truth import add_suffix_flag
 from runtime import cli, distributed
-from runtime.cli import natural, need, number
+from runtime.cli import need, number
 from runtime.storage import write_json
 
 
@@ -36,7 +36,7 @@ def parse_args(argv):
     classes = "of your own labels: a file with a name per line, for the ids 0, 1, …; or how many"
     p.add_argument("--classes", metavar="FILE|N", help=classes)
     void = "ids in your own labels to ignore, in training and evaluation"
-    p.add_argument("--void", type=natural, nargs="+", metavar="ID", help=void)
+    p.add_argument("--void", type=number(int, 0, 2**16 - 1), nargs="+", metavar="ID", help=void)
     add_suffix_flag(p)
     p.add_argument("--sbd", type=Path, metavar="DIR", help="also train on SBD's images (VOC: train_aug, as the paper)")
     finetune.add_flags(p, out="segment", batch_size=16, weight_decay=1e-4, epochs=None, lr=None, seeds=[0, 1, 2])
@@ -121,10 +121,11 @@ def train_and_measure(run: finetune.Run, recipe: Recipe, train: list, val: Scene
     finetune.fit(run, model, fingerprint, scenes, pixel_loss, drops=(0.7, 0.9))
     pixels, shown = measure(model, val, len(names), args.workers, f"{run.out}, evaluating")
     ious = class_ious(pixels)
+    need(not ious.isnan().all(), f"no pixel of {args.val_split} has a class: all are void")
     miou = 100 * ious.nanmean().item()
     if distributed.place()[0] == 0:
         each = {name: None if iou.isnan() else 100 * iou.item() for name, iou in zip(names, ious, strict=True)}
-        print(f"{run.out}: mIoU {miou:.2f} over {int((~ious.isnan()).sum())} classes", flush=True)
+        print(f"{run.out}: mIoU {miou:.2f} over {int((~ious.isnan()).sum())} of {len(names)} classes", flush=True)
         write_json(run.out / "result.json", {"mIoU": miou, "IoU": each, "encoder": line, "lr": run.lr})
         finetune.save_strip(shown, run.out / "masks.png", names)
     return {"mIoU": miou}, line
@@ -138,7 +139,6 @@ def segment(args) -> int:
     steps = None if recipe.epochs else 30_000
     finetune.recipe(args, list(recipe.lr), list(recipe.sweep), epochs=recipe.epochs, steps=steps)
     settings = {"data": recipe.key, "crop": args.crop, "scales": args.scales}
-    settings |= {"classes": args.classes and len(recipe.names), "void": args.void}
     more = {"data": recipe.title, "images": len(val), "split": args.split, "val split": args.val_split}
     more |= {"classes": recipe.names, "epochs": args.epochs, "steps": args.steps}
     task = f"{recipe.title} {args.val_split}, {len(val)} images, FCN"

@@ -41,7 +41,7 @@ def add_truth_flags(p: Parser, also: str = ""):
 
 def add_suffix_flag(p: Parser):
     suffix = "what masks' names end in before the dot: _mask, if X_mask.png is that of X.jpg"
-    p.add_argument("--mask-suffix", default="", metavar="TEXT", help=suffix)
+    p.add_argument("--mask-suffix", metavar="TEXT", help=suffix)
 
 
 def open_masks(args) -> tuple[list[tuple[Path, Path]], Callable]:
@@ -146,13 +146,14 @@ def guess_kind(gray: Tensor, palette: bool, path) -> str:
     return "ids" if ids else "binary"
 
 
-def list_masks(data: list[Path], split: str, suffix: str = "") -> list[tuple[Path, Path]]:
+def list_masks(data: list[Path], split: str, suffix: str | None = None) -> list[tuple[Path, Path]]:
     """(image, mask) of --data: CUB_200_2011, or a folder of images and one of masks."""
     need(len(data) <= 2, f"--data takes one folder or two, got {len(data)}")
     for folder in data:
         problem = "not a folder" if folder.exists() else "no such folder"
         expected = "expected CUB_200_2011, or a folder of images and one of masks"
         need(folder.is_dir(), f"{problem}: {folder}; {expected}")
+    need(len(data) == 2 or not suffix, "--mask-suffix is for two folders: CUB's masks are named as its images are")
     return list_pairs(*data, suffix) if len(data) == 2 else list_cub(data[0], split)
 
 
@@ -180,16 +181,18 @@ def is_cub(folder: Path) -> bool:
     return names.exists() and len(names.read_bytes().split(b"\n")) in (11_788, 11_789)
 
 
-def list_pairs(images: Path, masks: Path, suffix: str = "") -> list[tuple[Path, Path]]:
+def list_pairs(images: Path, masks: Path, suffix: str | None = None) -> list[tuple[Path, Path]]:
     """(image, mask) of two folders whose files have the same relative names, apart from their endings. suffix: what
     the names of masks have more, as X_mask.png has; then both may be in one folder."""
-    of, marked = [], [False, bool(suffix)] if suffix else [None, None]
+    together = images.resolve() == masks.resolve()
+    of, marked = [], [False if together else None, True] if suffix else [None, None]
     for folder, is_mask in zip((images, masks), marked, strict=True):
+        what = f"no names in {folder} {'end' if is_mask else 'do not end'} in {suffix} before the dot"
         listed = list_images(folder, train=False)
         names = [(os.path.splitext(os.fsdecode(name))[0], listed.root / os.fsdecode(name)) for name in listed]
         if is_mask is not None:
             names = [(stem.removesuffix(suffix), path) for stem, path in names if stem.endswith(suffix) == is_mask]
-        need(names, f"no names in {folder} end in {suffix} before the dot: correct --mask-suffix")
+        need(names, f"{what}: correct --mask-suffix")
         of.append(dict(names))
         same = len(names) - len(of[-1])
         need(not same, f"{same} files in {folder} differ in their suffix alone: keep one of each")

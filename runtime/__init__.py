@@ -3,8 +3,6 @@
 import importlib.util
 import sys
 
-if not importlib.util.find_spec(
-    "tqdm"
-):  # all else comes with torch and torchvision, or is looked for when it is needed
-    print("error: the package tqdm is not installed: pip install tqdm", file=sys.stderr)
+if missing := [name for name in ("torch", "torchvision", "tqdm") if not importlib.util.find_spec(name)]:
+    print(f"error: {' and '.join(missing)} not installed: pip install {' '.join(missing)}", file=sys.stderr)
     sys.exit(2)

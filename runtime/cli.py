@@ -79,11 +79,19 @@ def warn(message: str):
     print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
+command_line: list[str] = []  # as it was parsed
+
+
 class Parser(argparse.ArgumentParser):
     """Prints the module's docstring as its description, defaults in --help, and errors as UsageError."""
 
     def __init__(self, doc: str):
         super().__init__(description=doc, formatter_class=_Help)
+
+    def parse_args(self, args=None, namespace=None):
+        global command_line
+        command_line = list(sys.argv[1:] if args is None else args)
+        return super().parse_args(args, namespace)
 
     def error(self, message: str):
         raise UsageError(re.sub(r"^argument (\S+): (?=must)", r"\1 ", message))

@@ -20,22 +20,24 @@ def print_images(images: ImageList):
         folders.setdefault(folder.split(b"/")[0] if inside else b"", []).append(i)
     counts = {os.fsdecode(folder): len(members) for folder, members in folders.items()}
     each = ", ".join(f"{count:,} in {folder or 'the folder itself'}" for folder, count in counts.items())
-    spread = f"{len(counts):,} folders of {min(counts.values()):,} to {max(counts.values()):,}"
+    low, high = min(counts.values()), max(counts.values())
+    spread = f"{len(counts):,} folders of {f'{low:,} to ' if low < high else ''}{high:,}"
     print(printable(f"{len(images):,} images in {images.root}: {each if len(counts) <= 8 else spread}"))
-    if len(folders) > 8:
-        return
     mend = "pass the folder of photographs as --data, or select it with --subset"
     stems = {}
-    for folder, members in folders.items():
+    for folder, members in folders.items() if len(folders) <= 100 else ():
         where = os.fsdecode(folder) or images.root
-        some = [members[j] for j in evenly(len(members), 16)]
+        some = [members[j] for j in evenly(len(members), 16 if len(folders) <= 8 else 4)]
         few = sum(looks_like_labels(images.path(i)) for i in some)
         if few > len(some) / 4:
-            warn(f"{few} of {len(some)} images looked at in {where} have few colors, as label images do: {mend}")
-        stems[where] = {os.path.splitext(images[i][len(folder) :].lstrip(b"/"))[0] for i in members}
+            warn(f"{few} of {len(some)} images sampled from {where} have few colors, like label images: {mend}")
+        if len(folders) <= 8:
+            names = (os.path.splitext(images[i][len(folder) :].lstrip(b"/")) for i in members)
+            stems[where] = dict(names)
     for (a, x), (b, y) in itertools.combinations(stems.items(), 2):
-        if len(both := x & y) > 0.9 * min(len(x), len(y)):
-            warn(f"{a} and {b} share {len(both)} names, as images and their labels do: if so, {mend}")
+        both = [stem for stem in x if y.get(stem, x[stem]) != x[stem]]  # .jpg here, .png there
+        if len(both) > 0.9 * min(len(x), len(y)):
+            warn(f"{a} and {b} share {len(both)} names, like images and their labels: if so, {mend}")
             break
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 import shlex
@@ -11,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 import r2o
-from runtime import distributed
+from runtime import cli, distributed
 from runtime.cli import need, need_package, warn
 from runtime.folders import median_side
 from runtime.images import ImageList
@@ -50,8 +51,11 @@ def check_batches(args, images: ImageList, readable: int, num_regions: int):
     world = distributed.place()[1]
     batch, parts = args.batch_size, world * args.accum
     if batch > readable:
-        larger = f"--batch-size {batch} is larger than the data ({readable} images)"
-        need(False, f"{larger}: pass less. This command suits them and this machine: {command_for(args, images)}")
+        larger = f"--batch-size {batch} is larger than the data ({readable} images): pass a smaller one"
+        need(
+            False,
+            f"{larger}. A command that suits these images and this machine: {command_for(args, images, readable)}",
+        )
     accum = f" in {args.accum} micro-batches" if args.accum > 1 else ""
     need(batch % parts == 0, f"{world} processes cannot share --batch-size {batch}{accum}: pass a multiple of {parts}")
     k, group = max(args.k_start, args.k_end), group_size(args)
@@ -69,25 +73,36 @@ def group_size(args) -> int:
     return -(-share * ranks // groups)
 
 
-def command_for(args, images: ImageList) -> str:
-    """A complete command that suits so many images of their size, and this machine: minutes for hundreds of images on a
-    CPU, and as many processes as now."""
+def command_for(args, images: ImageList, n: int) -> str:
+    """The command line, with what suits n such images and this machine in place of what does not: minutes for hundreds
+    of images on a CPU."""
     _, world, device = distributed.place()
-    n, side, cpu = len(images), median_side(images), device.type == "cpu"
+    side, cpu, world = median_side(images), device.type == "cpu", min(world, n)
     tiny = cpu or side <= 96
     arch, size = ("tiny", 64 if side <= 64 else 96) if tiny else ("resnet18" if n < 100_000 else "resnet50", 224)
     batch = world * 2 ** int(math.log2(max(min(128 if tiny else 256, n / 6) / world, 1)))
     epochs = min(300, max(10, round((12_000 if cpu else 2_000_000) / n)))
     k = max(8, (32 if tiny else 128) * min(batch, 32) // 32), 6 if tiny else 4
-    flags = f"--arch {arch} --size {size} --epochs {epochs} --batch-size {batch} --k-start {k[0]} --k-end {k[1]}"
-    flags += " --hidden 512 --dim 64 --lr 1 --lr-k 0" if tiny else ""
-    if not cpu:
-        model = r2o.R2O(arch, hidden=512 if tiny else 4096, dim=64 if tiny else 256).to(device)
-        flags += f" --accum {fitting_accum(model, batch // world, size, device) or batch // world}"
-    given = {"data": args.data, "subset": args.subset, "out": args.out if args.out != "out" else None}
-    paths = " ".join(f"--{name} {shlex.quote(path)}" for name, path in given.items() if path)
+    chosen = {"arch": arch, "size": size, "epochs": epochs, "batch-size": batch, "k-start": k[0], "k-end": k[1]}
+    chosen |= {"hidden": 512, "dim": 64, "lr": 1, "lr-k": 0} if tiny else {}
+    model = r2o.R2O(arch, hidden=512 if tiny else 4096, dim=64 if tiny else 256).to(device)
+    accum = fitting_accum(model, batch // world, size, device) or batch // world
+    chosen |= {"accum": accum} if accum > 1 else {}
+
+    names = itertools.chain([args.out], (f"{args.out}-{i}" for i in itertools.count(2)))
+    out = next(o for o in names if not any(Path(o, file).exists() for file in ("regions.npy", "last.pth")))
+    chosen |= {"out": out} if out != args.out else {}
+
+    given, words = iter(cli.command_line), []
+    for word in given:
+        name, equals, _ = word.partition("=")
+        if name.removeprefix("--") not in chosen.keys() | {"accum", "regions"}:
+            words.append(word)
+        elif not equals:
+            next(given)  # its value
     launch = f"torchrun --nproc_per_node={world} train.py" if world > 1 else "python train.py"
-    return f"{launch} {paths} {flags}"
+    words += [str(word) for name, value in chosen.items() for word in (f"--{name}", value)]
+    return shlex.join([*launch.split(), *words])
 
 
 def cells(arch: str, size: int) -> tuple[int, int]:
@@ -109,9 +124,11 @@ def print_plan(args, schedule: r2o.Schedule):
     """Steps, batches, grids, and the schedule at its milestones."""
     batch, epochs, world = schedule.batch_size, schedule.epochs, distributed.place()[1]
     print(f"{epochs} epochs of {schedule.steps_per_epoch:,} steps, {schedule.steps:,} in all")
-    group = group_size(args)
-    clusters = "no K-means" if args.masks == "prior" else f"{-(-batch // group)} K-means of {group} images per step"
-    parts = f"{world} process(es) x {args.accum} micro-batch(es) x {batch // world // args.accum} images"
+    share = batch // world // args.accum
+    groups, ranks = r2o.kmeans_groups(share, world, args.kmeans_group)
+    clusters = f"{groups * world // ranks * args.accum} K-means of {group_size(args)} images per step"
+    clusters = "no K-means" if args.masks == "prior" else clusters
+    parts = f"{world} process(es) x {args.accum} micro-batch(es) x {share} images"
     print(f"batches of {batch}: {parts}, {clusters}")
     c4, c5 = cells(args.arch, args.size)
     print(f"grids: C4, of masks, {c4} x {c4} cells; C5, of features, {c5} x {c5}")

@@ -126,7 +126,7 @@ class Report:
         """Add the preview's masks after this epoch to `masks`; paint image, prior, and up to six epochs."""
         device = next(model.parameters()).device
         images, regions = self.preview["image"].movedim(-1, 1), self.preview["regions"]  # (n, 3, S, S), (n, h, w)
-        groups = len(images) // model.kmeans_group if len(images) % model.kmeans_group == 0 else 1
+        groups, _ = r2o.kmeans_groups(len(images), 1, model.kmeans_group)
         uniforms = r2o.seeding_uniforms(groups, k, torch.Generator().manual_seed(seed)).to(device)
         encoder = model.mask_encoder.eval()  # as in training, but with batch norm's running statistics
         rows = evenly(len(images), 8)
@@ -135,7 +135,7 @@ class Report:
         self.masks.append([epoch, k, m.to(torch.int16)])
         shown = [self.masks[i] for i in sorted({*evenly(len(self.masks), 6)})]
         image, prior = images[rows], regions[rows]
-        columns = [("image", image), (f"prior, R = {int(prior.max()) + 1}", paint(image, prior))]
+        columns = [("image", image), (f"prior, {int(prior.max()) + 1} regions", paint(image, prior))]
         columns += [(f"epoch {e}, K = {k}", paint(image, m)) for e, k, m in shown]
         strip = film_strip(columns, zoom=max(1, 128 // image.shape[-1]))
         save_or_warn(self.out / "strip.png", lambda f: strip.save(f, "PNG"))

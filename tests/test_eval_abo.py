@@ -304,6 +304,14 @@ def test_annotations_that_do_not_fit_are_refused(pairs, tmp_path, refused):
         assert "annotation 1 of" in (line := said(annotations=[one | broken])) and "has no mask: expected" in line
     line = said(annotations=[{key: x for key, x in one.items() if key != "segmentation"}])
     assert "has no mask: expected" in line and "boxes alone do not do" in line
+    for broken in (
+        [["a", "b", "c", "d", "e", "f"]],
+        [[1, 2, 3, float("nan"), 5, 6]],
+        {"size": [64, 80], "counts": [1, 2]},
+    ):
+        assert "annotation" in (line := said(annotations=[one | {"segmentation": broken}])) and "expected" in line
+    corners = [a | {"bbox": [x, y, x + w, y + h]} for a in good["annotations"] for x, y, w, h in [a["bbox"]]]
+    assert "most boxes in" in (line := said(annotations=corners)) and "are x, y, x, y: expected x, y, width" in line
     for broken in ({"bbox": [1]}, {"iscrowd": 2}, {"area": -1}):
         assert "is incomplete: expected a bbox" in said(annotations=[one | broken])
     assert "expected COCO instances" in said(
@@ -323,6 +331,8 @@ def test_data_and_arguments_that_do_not_fit_are_refused(pairs, tmp_path, refused
     assert "no object of 9999 pixels" in refused(*FLAGS, *data, "-k", 2, "--min-area", 9999)
     assert "no epoch_" in refused("--ckpt", tmp_path, *data)
     assert "one folder or two" in refused(*FLAGS, *data, pairs)
+    files = ["--data", pairs / "images", coco_of(pairs, tmp_path), "--mask-suffix", "_x"]
+    assert "--mask-suffix is for mask files" in refused(*FLAGS, *files)
     line = refused(*FLAGS, *data, "-k", 2, "--segments", 2000, "--size", 256)
     assert ".png: SLIC gave" in line and "more than 256" in line and line.endswith("with --segments")
     masks = tmp_path / "masks"

@@ -334,6 +334,13 @@ def test_masks_may_be_named_with_an_ending(pairs, tmp_path, refused):
         eval_cub.main([str(f) for f in (*flags, tmp_path / f"{i}.json", "--data", *data, *more)])
         both.append(json.loads((tmp_path / f"{i}.json").read_text())["foreground IoU"])
     assert both[0] == both[1]
+    for i, folder in ((0, "images"), (1, "masks")):  # a photograph whose own name ends in it
+        shutil.copy(
+            pairs / ("images", "masks")[i] / "00.png", tmp_path / folder / ("gas_mask.png", "gas_mask_mask.png")[i]
+        )
+    assert len(truth.list_pairs(tmp_path / "images", tmp_path / "masks", "_mask")) == 13
+    line = refused(*start, "--data", tmp_path / "masks", tmp_path / "masks", "--mask-suffix", "_mask")
+    assert "no names in" in line and "do not end in _mask before the dot" in line
     assert "masks named like X_mask.png need --mask-suffix" in refused(
         *start, "--data", tmp_path / "images", tmp_path / "masks"
     )

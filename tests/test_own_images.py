@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -67,8 +68,8 @@ def test_labels_among_the_photographs_are_warned_of(tmp_path, capsys, mode):
     fill(tmp_path / "images/train", 9, photo, ".jpg")
     fill(tmp_path / "labels/train", 9, lambda i: label(i, mode))
     _, err = said_of(tmp_path, capsys)
-    assert "9 of 9 images looked at in labels have few colors, as label images do: pass the folder of" in err
-    assert "images and labels share 9 names, as images and their labels do" in err
+    assert "9 of 9 images sampled from labels have few colors, like label images: pass the folder of" in err
+    assert "images and labels share 9 names, like images and their labels" in err
     assert len(err.splitlines()) == 2  # nothing about the photographs
 
 
@@ -76,15 +77,18 @@ def test_labels_beside_their_photographs_are_warned_of(tmp_path, capsys):
     fill(tmp_path / "one", 8, photo, ".jpg")
     for i in range(8):
         label(i, "L").save(tmp_path / f"one/{i:03}_mask.png")
-    assert "8 of 16 images looked at in" in said_of(tmp_path / "one", capsys)[1]
+    assert "8 of 16 images sampled from" in said_of(tmp_path / "one", capsys)[1]
 
 
 def test_photographs_in_classes_are_not_warned_of(tmp_path, capsys):
+    """Though their names are 000.png, 001.png, … in each."""
     for name in "abc":
         fill(tmp_path / name, 5, lambda i, name=name: photo(i + ord(name)))
-        for path in (tmp_path / name).iterdir():
-            path.rename(path.with_name(f"{name}_{path.name}"))
     assert said_of(tmp_path, capsys)[1] == ""
+    for name in "defghi":
+        fill(tmp_path / name, 1, photo)
+    fill(tmp_path / "masks", 5, lambda i: label(i, "L"))
+    assert "4 of 4 images sampled from masks" in said_of(tmp_path, capsys)[1]  # one of ten folders
 
 
 def test_training_says_what_it_found(tmp_path):
@@ -104,7 +108,7 @@ def test_training_says_what_it_found(tmp_path):
 
 def proposed(refuse, *flags, **kwargs):
     line = refuse(*flags, **kwargs)
-    return shlex.split(re.search(r"This command suits them and this machine: (.*)", line)[1])
+    return shlex.split(re.search(r"A command that suits these images and this machine: (.*)", line)[1])
 
 
 @pytest.mark.parametrize("count, side", [(3, 40), (40, 300)])
@@ -114,6 +118,7 @@ def test_a_bare_command_proposes_one_that_runs(tmp_path, refuse, monkeypatch, co
     fill(tmp_path / "my photos", count, lambda i: photo(i, (side + 20, side)), ".jpg")
     command = proposed(refuse, "--data", "my photos")
     assert command[:4] == ["python", "train.py", "--data", "my photos"] and "--out" not in command
+    assert "--accum" not in command
     assert command[command.index("--size") + 1] == ("64" if side == 40 else "96")
     command[command.index("--epochs") + 1] = "1"
     done = subprocess.run(
@@ -121,10 +126,32 @@ def test_a_bare_command_proposes_one_that_runs(tmp_path, refuse, monkeypatch, co
     )
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     assert (tmp_path / "out/r2o.pth").exists()
-    again = proposed(refuse, "--data", "my photos", "--out", "other")
-    assert again[again.index("--out") + 1] == "other"
-    two = proposed(refuse, "--data", "my photos", world=2)
-    assert two[:3] == ["torchrun", "--nproc_per_node=2", "train.py"]
+    given = ["--data", "my photos", "--seed", 7, "--batch-size=4096", "--accum", 2, "--dry-run", "--lr", 3]
+    again = " ".join(proposed(refuse, *given))  # the flags that were given stay, unless others take their place
+    assert (
+        again.startswith("python train.py --data my photos --seed 7 --dry-run --arch tiny")
+        and again.count("--lr ") == 1
+    )
+    assert again.endswith("--lr-k 0 --out out-2")  # out holds maps of perhaps another size, and another run
+    two = proposed(refuse, "--data", "my photos", "--out", "new", world=2)
+    assert two[:3] == ["torchrun", "--nproc_per_node=2", "train.py"] and two.count("--out") == 1
+    two[0:3] = ["-m", "torch.distributed.run", "--standalone", *two[1:2], ROOT / "train.py"]
+    done = subprocess.run([sys.executable, *two, "--dry-run"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_proposed_counts_the_images_that_can_be_read(tmp_path, refuse):
+    fill(tmp_path / "photos", 9, photo)
+    for i in range(3):
+        (tmp_path / f"photos/{i:03}.png").write_bytes(b"no image")
+    flags = ["--data", tmp_path / "photos", "--out", tmp_path / "out", "--workers", 0, "--skip-unreadable"]
+    command = proposed(refuse, *flags, "--batch-size", 8, "--arch", "tiny", "--size", 64, "--k-start", 8)
+    assert command[2 : len(flags) + 2] != flags and "--skip-unreadable" in command
+    assert command[command.index("--batch-size") + 1] == "1" and command[-2:] == ["--out", f"{tmp_path / 'out'}-2"]
+    one = tmp_path / "one"
+    one.mkdir()
+    photo(0).save(one / "0.png")
+    assert proposed(refuse, "--data", one, world=3)[:2] == ["python", "train.py"]
 
 
 def test_what_is_proposed_for_a_gpu_fits_its_memory(tmp_path, monkeypatch):
@@ -138,10 +165,42 @@ def test_what_is_proposed_for_a_gpu_fits_its_memory(tmp_path, monkeypatch):
     needed = [real(r2o.R2O("resnet18"), n, 224, cpu) for n in (4, 8)]
     monkeypatch.setattr(plan, "memory_of", lambda device: sum(needed) / 2)
     monkeypatch.setattr(plan, "training_memory", lambda model, n, size, device: real(model, n, size, cpu))
-    words = plan.command_for(args, listed).split()
+    words = plan.command_for(args, listed, len(listed)).split()
     chosen = dict(zip(words[2::2], words[3::2], strict=True))
     assert chosen["--arch"] == "resnet18" and chosen["--size"] == "224" and chosen["--batch-size"] == "8"
     assert chosen["--accum"] == "2"
+
+
+def test_a_container_s_limit_is_the_memory(tmp_path, monkeypatch):
+    limits = {"/sys/fs/cgroup/memory.max": "7000\n", "/sys/fs/cgroup/memory/memory.limit_in_bytes": "max\n"}
+    monkeypatch.setattr(plan.Path, "read_text", lambda self: limits[str(self)])
+    assert plan.memory_of(torch.device("cpu")) == 7000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert plan.memory_of(torch.device("cpu")) == 3500
+
+
+def test_a_dry_run_of_a_large_batch_times_few_images(photos, tmp_path, capsys, monkeypatch):
+    """As many as take half a second, doubling from 2, here 8 of 16."""
+    timed = []
+    real = train.forward_backward
+
+    def slow(ddp, batches, *rest, **more):
+        batch = next(batches)
+        timed.append(len(batch["image"]))
+        time.sleep(0.6 if timed[-1] >= 8 else 0)
+        return real(ddp, iter([batch]), *rest, **more)
+
+    monkeypatch.setattr(train, "forward_backward", slow)
+    train.main(["--data", str(photos), "--out", str(tmp_path / "out"), *SMALL, "--batch-size", "16", "--dry-run"])
+    assert timed == [2, 2, 4, 4, 8, 8, 8, 8, 8, 8] and "3 steps of 8 of 16 images took" in capsys.readouterr().out
+
+
+def test_the_plan_counts_the_k_means_of_groups_that_do_not_divide(capsys):
+    """20 images in 4 micro-batches of 5, in groups of at most 4: 2 of each."""
+    flags = ["--data", "x", "--batch-size", "20", "--accum", "4", "--kmeans-group", "4"]
+    args = train.parse_args(flags)
+    plan.print_plan(args, train.make_schedule(args, 40))
+    assert "8 K-means of 3 images per step" in capsys.readouterr().out
 
 
 # ---- grids ----------------------------------------------------------------------------------------------------------
@@ -154,12 +213,15 @@ def test_the_grids_are_those_of_the_features(arch):
         assert plan.cells(arch, 128) == (r2o.encode_c4(net, x).shape[-1], r2o.encode(net, x).shape[-1])
 
 
-def test_masks_of_few_cells_are_warned_of(capsys):
+def test_masks_of_few_cells_are_warned_of(photos, capsys):
     def warned(*flags):
         plan.check_cells(train.parse_args(["--data", "x", *flags]))
         return capsys.readouterr().err
 
     assert "masks have 4 x 4 cells (C4 of --arch resnet18 at --size 64)" in warned("--arch", "resnet18", "--size", "64")
+    with pytest.raises(SystemExit):
+        train.main(["--data", str(photos), "--arch", "resnet18", "--size", "64"])
+    assert "masks have 4 x 4 cells" in capsys.readouterr().err
     assert not warned() and not warned("--arch", "tiny", "--size", "64")
     assert not warned("--arch", "resnet18", "--size", "64", "--assign", "region")
     assert not warned("--arch", "resnet18", "--size", "64", "--masks", "prior")
@@ -208,6 +270,8 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, m
     "module, package, command",
     [
         ("tqdm", "tqdm", "train.py --data photos"),
+        ("torch", "torch", "train.py --data photos"),
+        ("torchvision", "torchvision", "eval_cub.py --ckpt random --data photos"),
         ("tqdm", "tqdm", "-m evals.knn --ckpt random --data photos"),
         ("skimage", "scikit-image", "train.py --data DATA --batch-size 4"),
         ("ninja", "ninja", "setup.py build_ext --inplace"),
@@ -222,7 +286,7 @@ def test_a_missing_package_is_one_line_with_the_command_that_mends_it(tmp_path, 
     done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"pip install {package}" in lines[-1] and (len(lines) == 1 or "DATA" in command)
+    assert f"pip install {package}" in lines[-1] and len(lines) == 1
 
 
 def test_ops_that_were_not_built_are_said_to_be_slow(monkeypatch):

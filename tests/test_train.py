@@ -173,7 +173,10 @@ def test_one_batch_can_be_overfitted():
     "flags, said",
     [
         (["--data", "nowhere"], "no such folder: nowhere"),
-        (["--batch-size", "25"], r"--batch-size 25 is larger than the data (24 images): pass less. This command"),
+        (
+            ["--batch-size", "25"],
+            r"--batch-size 25 is larger than the data (24 images): pass a smaller one. A command that",
+        ),
         (["--k-start", "900"], "900 clusters are more than the regions of one K-means (4 images of at most"),
         (["--k-start", "900"], "lower --k-start and --k-end, or raise --kmeans-group"),
         (["--k-start", "900", "--kmeans-group", "16"], "lower --k-start and --k-end, or raise --batch-size"),
@@ -260,7 +263,7 @@ def test_a_dry_run_says_what_it_costs_and_writes_nothing(photos, tmp_path, capsy
     said = capsys.readouterr().out
     assert "12 in a, 12 in b\n3 epochs of 3 steps, 9 in all" in said
     assert "batches of 8: 1 process(es) x 2 micro-batch(es) x 4 images, 2 K-means of 4 images per step" in said
-    assert re.search(r"3 steps of 4 images took [\d.e-]+ s each .* images/s, [\d:]+ in all", said)
+    assert re.search(r"3 steps of 4 of 8 images took [\d.e-]+ s each .* images/s, [\d:]+ in all", said)
     assert not (tmp_path / "out").exists()
 
 
@@ -296,6 +299,9 @@ def test_what_does_not_fit_the_memory_is_refused_before_training(photos, tmp_pat
     said = refuse(*flags)
     assert "too little memory for each process (about" in said and "for 8 images at a time" in said
     assert "pass --accum 2, or use more machines" in said and not (tmp_path / "out/last.pth").exists()
+    monkeypatch.setattr(plan, "memory_of", lambda device: 0.5 * (needed[0] + needed[1]))
+    assert "pass --accum 4, or" in refuse(*flags, "--accum", 2)
+    monkeypatch.setattr(plan, "memory_of", lambda device: 0.5 * (needed[1] + needed[2]))
     train.main([str(f) for f in (*flags, "--accum", 2)])
     monkeypatch.setattr(plan, "memory_of", lambda device: 1000)
     assert "pass a lower --size or another --arch" in refuse(*flags[: -len(mode) or None], "--out", tmp_path / "2")

@@ -379,6 +379,8 @@ def test_the_defaults_of_fine_tuning_are_the_paper_s(shapes, coco, tmp_path, mon
     assert (one.epochs, one.batch_size, one.warmup, one.lr, one.seeds) == (12, 32, 0, [0.1], [0, 1, 2])
     monkeypatch.setattr(finetune, "steps_of", lambda settings, images: 12 * 118_287 // 32)
     assert args_of(detect, "--ckpt", "random", "--data", coco)[0].warmup == 1000
+    monkeypatch.setattr(finetune, "steps_of", lambda settings, images: 250)
+    assert args_of(detect, "--ckpt", "random", "--data", coco)[0].warmup == 25
     assert one.weight_decay == 4e-5 and "box AP 41.7" in paper
     two, paper = args_of(detect, "--ckpt", "random", "--data", coco, "--schedule", "2x", "--lr", "paper")
     assert two.epochs == 24 and two.lr == [0.003, 0.1, 0.3] and "box AP 43.0, mask AP 39.3" in paper
@@ -572,7 +574,7 @@ def test_own_labels_are_trained_on_and_named(own, tmp_path, capsys):
     command = [sys.executable, "-m", "evals.segment", *map(str, (*SEGMENT, *flags, "--scales", 1, 1))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert "4 images, every fifth, are held out for evaluation" in done.stdout
+    assert "every fifth image (4) is held out for evaluation" in done.stdout
     assert f"| {own} val, 4 images, FCN |" in done.stdout and "| paper: none for this data |" in done.stdout
     found = results(tmp_path / "out")
     assert (
@@ -633,14 +635,19 @@ def test_own_labels_that_cannot_be_meant_are_refused_before_training(own, tmp_pa
         return line
 
     two = "--classes", 2
-    assert "own labels need --classes" in said() and "they hold the ids 0, 1, 255" in said()
+    assert "labels of your own need --classes" in said() and "yours hold the ids 0, 1, 255" in said()
     assert "holds id 255, but the 2 classes of --classes are 0 to 1" in said(*two, "--void", 9)
-    assert "count them in, or pass --void 9 255 to ignore it" in said(*two, "--void", 9)
+    assert "count the id in, or pass --void 9 255 to ignore it" in said(*two, "--void", 9)
     assert "makes 1 classes: expected 2 to 254" in said("--classes", 1)
     assert "no such file: --classes nowhere.txt" in said("--classes", "nowhere.txt")
     (own / "names.txt").write_text("a\nb\na\n")
     assert "names ['a'] twice" in said("--classes", own / "names.txt")
-    assert "--void names all of --classes" in said(*two, "--void", 0, 1, 255)
+    assert "which are less than two of the 0 classes that are not void" in said(*two, "--void", 0, 1, 255)
+    assert "--void must be at least 0 and at most 65535" in said(*two, "--void", 65536)
+    (own / "names.txt").write_bytes("a\nb".encode("utf-16"))
+    assert "cannot read --classes" in (line := said("--classes", own / "names.txt")) and "expected UTF-8" in line
+    (own / "names.txt").write_text("a\n\nb\n")
+    assert "has an empty line: expected a name for each id" in said("--classes", own / "names.txt")
     assert "neither" in said(*two, "--split", "day") and "expected these folders" in said(*two, "--split", "day")
     (own / "images/train").mkdir()
     picture(0).save(own / "images/train/0.png")
@@ -656,10 +663,74 @@ def test_own_labels_that_cannot_be_meant_are_refused_before_training(own, tmp_pa
     assert "03.png holds colors: expected one class id per pixel" in said(*two)
     Image.fromarray(np.full((64, 80), 7, np.uint8)).save(own / "labels/03.png")
     assert "03.png holds id 7, but the 2 classes" in said(*two, "--workers", 1)
+    Image.fromarray(np.full((64, 80), 1, np.uint8)).save(own / "labels/03.png")
+    held_out = np.array(Image.open(own / "labels/05.png"))
+    Image.fromarray(np.full((64, 80), 7, np.uint8)).save(own / "labels/05.png")
+    assert "05.png holds id 7, but the 2 classes" in said(*two)
+    Image.fromarray(np.full((80, 64), 1, np.uint8)).save(own / "labels/05.png")
+    assert "05.png has shape (80, 64), the image (64, 80)" in said(*two)
+    Image.fromarray(held_out).save(own / "labels/05.png")
+    Image.fromarray(held_out.astype(np.int32) * 70_000).save(own / "labels/05.tif")
+    (own / "labels/05.png").rename(own / "05.png")
+    assert "but the 2 classes" in (line := said(*two)) and line.endswith("ids are at most 65,535")
+    Image.fromarray(held_out).save(own / "labels/05.jpg")
+    (own / "labels/05.tif").unlink()
+    assert "05.jpg is a JPEG: expected PNG, since JPEG changes ids" in said(*two)
+    (own / "labels/05.jpg").unlink()
+    (own / "05.png").rename(own / "labels/05.png")
     (own / "labels/03.png").write_bytes(b"no image")
     assert "cannot read" in said(*two)
     (own / "labels/03.png").unlink()
     assert "1 of 16 images have no mask of the same name" in said(*two)
+
+
+def test_masks_of_0_and_255_are_not_taken_for_labels_whose_objects_are_void(own, tmp_path, refused_segment):
+    """Nor labels that are void where it counts."""
+    flags = [*SEGMENT, "--data", own, "--out", tmp_path / "out", *OWN, "--classes", 2]
+    for path in (own / "labels").iterdir():
+        ids = np.array(Image.open(path))
+        Image.fromarray(np.where(ids == 1, 255, 0).astype(np.uint8)).save(path)
+    line = refused_segment(*flags)
+    assert "if 255 is the object, save it as 1" in line and "are less than two of the 2 classes" in line
+    assert "if 255 is the object, save it as 1" in refused_segment(*flags, "--void", 9)
+    for path in (own / "labels").iterdir():
+        ids = np.array(Image.open(path)) // 255
+        held_out = int(path.stem) % 5 == 0
+        Image.fromarray(np.full_like(ids, 255) if held_out else ids).save(path)
+    assert "all labels to evaluate on are void: 255" in refused_segment(*flags)
+
+
+def test_a_class_that_no_label_holds_is_said_and_not_counted(own, tmp_path, capsys):
+    (own / "names.txt").write_bytes("ground\r\nsoup\r\nspoon\r\n".encode("utf-8-sig"))
+    flags = [*SEGMENT, "--data", own, "--out", tmp_path, *OWN, "--classes", own / "names.txt"]
+    segment.main([str(f) for f in flags])
+    said = capsys.readouterr()
+    assert "warning: no label to train on holds spoon" in said.err and "of 3 classes" in said.out
+    assert results(tmp_path)["classes"] == ["ground", "soup", "spoon"]
+
+
+def test_a_run_is_not_gone_on_with_on_other_data_of_as_many_images(
+    own, coco, tmp_path, refused_segment, refused_detect
+):
+    flags = [*SEGMENT, "--data", own, "--out", tmp_path / "out", *OWN]
+    segment.main([str(f) for f in (*flags, "--classes", 2)])
+    (own / "names.txt").write_text("soup\nground\n")
+    assert "was trained on other data: pass another --out" in refused_segment(*flags, "--classes", own / "names.txt")
+    shutil.copy(own / "images/00.jpg", own / "images/01.jpg")
+    assert "was trained on other data: pass another --out" in refused_segment(*flags, "--classes", 2)
+    files = [tmp_path / "train.json", coco_files(coco, "val")[1]]
+    text = coco_files(coco, "train")[1].read_text()
+    files[0].write_text(text)
+    flags = [*DETECT, "--data", coco / "train2017", files[0], coco / "val2017", files[1], "--out", tmp_path / "det"]
+    (tmp_path / "det/lr0.01-seed0").mkdir(parents=True)
+    model = {"model": {}, "optimizer": {}, "step": 1}
+    saved = {
+        "images": 6,
+        "encoder": finetune.training_encoder(detect.parse_args([str(f) for f in flags]))[2],
+        "data": "x",
+    }
+    torch.save(model | {"settings": saved}, tmp_path / "det/lr0.01-seed0/last.pth")
+    assert "was trained on other data: pass another --out" in refused_detect(*flags)
 
 
 def test_data_sets_with_classes_of_their_own_take_no_others(shapes, tmp_path, refused_segment):
@@ -762,7 +833,10 @@ def test_ap_of_the_truth_is_100_and_of_nothing_0(coco):
     assert detect.average_precision(val.coco, shifted, "bbox")[0]["AP50"] < 50
     scores, summary = detect.average_precision(val.coco, shifted, "segm")  # masks, and their areas, are not the boxes'
     assert scores["AP"] == pytest.approx(100) and "Average Precision" in summary
-    assert detect.average_precision(val.coco, [], "bbox") == ({"AP": 0.0, "AP50": 0.0, "AP75": 0.0}, "no detections")
+    assert detect.average_precision(val.coco, [], "bbox") == (
+        {"AP": 0.0, "AP50": 0.0, "AP75": 0.0},
+        "no detections: perhaps too few steps",
+    )
 
 
 DETECT = "--ckpt random --arch tiny --size 64 --batch-size 2 --workers 0 --lr 0.01 --warmup 2 --seeds 0".split()
@@ -848,7 +922,7 @@ def test_detect_refuses_what_does_not_fit(coco, tmp_path, refused_detect):
     for names in ([(3, "red"), (90, "green"), (91, "blue")], [(3, "green"), (90, "red")]):
         data = mended(categories=[{"id": i, "name": name} for i, name in names])
         assert "lists categories that" in said(data=data) and "lacks or names otherwise" in said(data=data)
-    assert "--data takes one path or four" in refused_detect(*DETECT, "--data", coco, coco)
+    assert "--data takes one path, COCO's folder, or four" in refused_detect(*DETECT, "--data", coco, coco)
     wrong = [{"id": 10, "file_name": "0.png", "height": 90, "width": 60}]
     polygons = [a for a in annotations_of(coco) if a["image_id"] == 10 and not a["iscrowd"]]
     data = mended(images=wrong, annotations=polygons)
@@ -879,7 +953,9 @@ def test_any_coco_json_will_do(coco, tmp_path, capsys):
     assert f"| {tmp_path / 'val.json'}, 7 images, Mask R-CNN, 1 epochs |" in capsys.readouterr().out
     found = json.loads((tmp_path / "out/lr0.01-seed0/detections.json").read_text())
     assert {one["category_id"] for one in found} <= {3, 90} and results(tmp_path / "out")["warmup"] == 0
+    before = results(tmp_path / "out")["runs"]
     detect.main([str(f) for f in (*DETECT[:-4], *DETECT[-2:], *flags[:-1], 0)])
+    assert results(tmp_path / "out")["runs"] == before
 
 
 def annotations_of(coco):
