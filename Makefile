@@ -3,6 +3,7 @@
 #   make test    lint, build, run the tests (8 minutes on 2 cores)
 #   make bench   time every op, the mask step and the train step beside other ways to do them: 30 minutes on 2 cores
 #                DEVICE=cuda: on a GPU; BENCH="--images photos --authors DIR": flags of bench/bench.py
+#   make emulate    run the CUDA kernels on a CPU, and check every access they make: 2 minutes on 2 cores; part of make test
 #   make sanitize   the tests of the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make lint    ruff only
 PYTHON ?= python3
@@ -10,7 +11,7 @@ TORCH ?= torch==2.11.0 torchvision==0.26.0
 PY = .venv/bin/python
 DEVICE ?= cpu
 
-.PHONY: demo test bench sanitize lint clean always
+.PHONY: demo test bench emulate sanitize lint clean always
 .DELETE_ON_ERROR:
 
 demo: build/done
@@ -25,6 +26,9 @@ bench: build/done .venv/peers-$(DEVICE)
 .venv/peers-$(DEVICE): .venv/done
 	$(PY) -m pip install -q scikit-learn faiss-cpu fast-pytorch-kmeans psutil opencv-python-headless $(if $(filter cuda,$(DEVICE)),flash-kmeans)
 	touch $@
+
+emulate: build/done
+	$(PY) -m pytest -n 2 tests/test_emulate.py
 
 sanitize: .venv/done
 	SANITIZE=1 $(PY) setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize-temp

@@ -9,9 +9,8 @@ namespace r2o {
 constexpr int kWarp = 32, kThreads = 256;
 constexpr unsigned kAllLanes = 0xffffffff;
 
-// Allows a kernel `bytes` of dynamic shared memory. Above 48 KB, CUDA requires an opt-in.
+// Allows a kernel `bytes` of dynamic shared memory. CUDA requires this above 48 KB, of which static arrays are a part.
 inline void allow_shared(const void* kernel, size_t bytes) {
-  if (bytes <= 48 << 10) return;
   const auto status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (status != cudaSuccess) cudaGetLastError();  // clears it for the next launch check
   TORCH_CHECK(status == cudaSuccess, "this input needs ", bytes >> 10, " KB of shared memory, more than this GPU has: use smaller maps");

@@ -83,8 +83,9 @@ std::tuple<Tensor, Tensor> region_pool_cuda(const Tensor& features, const Tensor
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, features.scalar_type(), "region_pool", [&] {
     using T = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
     const auto launch = [&](const auto* id) {
-      allow_shared(reinterpret_cast<const void*>(pool<scalar_t, std::decay_t<decltype(*id)>, T>), shared);
-      pool<<<dim3((R + kRegions - 1) / kRegions, B), kThreads, shared, c10::cuda::getCurrentCUDAStream()>>>(
+      using Id = std::decay_t<decltype(*id)>;
+      allow_shared(reinterpret_cast<const void*>(pool<scalar_t, Id, T>), shared);
+      pool<scalar_t, Id, T><<<dim3((R + kRegions - 1) / kRegions, B), kThreads, shared, c10::cuda::getCurrentCUDAStream()>>>(
           x.const_data_ptr<scalar_t>(), id, p.mutable_data_ptr<T>(), area.mutable_data_ptr<T>(), R, C, H, W, h, w);
     };
     ids.scalar_type() == at::kByte ? launch(ids.const_data_ptr<uint8_t>()) : launch(ids.const_data_ptr<int64_t>());

@@ -1,0 +1,91 @@
+"""Run by test_emulate.py with the emulated r2o_C: every CUDA op beside its reference, in several orders of threads."""
+
+import ctypes
+import sys
+
+import torch
+from test_ops import crop_case, kmeans_case, mask_case, pool_case, ragged
+
+import r2o
+import r2o_ops
+
+ops = torch.ops.r2o
+set_order = ctypes.CDLL(r2o_ops.r2o_C.__file__).r2o_emulate_order
+half, single, double = torch.float16, torch.float32, torch.float64
+torch.set_num_threads(1)
+
+
+def backward(features, weights, pairs):
+    """mask_pool and its gradient."""
+
+    def both(f):
+        x = features.detach().clone().requires_grad_()
+        h = f(x, weights, pairs)
+        h.backward(ragged(h.shape, h.dtype, "cpu", 1))
+        return h.detach(), x.grad
+
+    return both
+
+
+def cases():
+    """(name, the op, its reference): ragged and empty shapes, sizes about those of warps and blocks, all dtypes."""
+    for i, (B, C, H, W, scale, R, ids, dtype) in enumerate(
+        [
+            (0, 5, 2, 2, 1, 3, torch.uint8, single),
+            (1, 1, 1, 1, 1, 1, torch.int64, double),
+            (2, 40, 5, 4, 4, 30, torch.uint8, half),
+            (3, 257, 3, 7, 2, 9, torch.int32, torch.bfloat16),
+            (1, 300, 6, 6, 1, 5, torch.int16, single),
+            (1, 2, 32, 48, 1, 3, torch.uint8, single),  # 48 KB of dynamic shared memory, and a few bytes more
+        ]
+    ):
+        case = pool_case(B, C, H, W, scale, R, ids, dtype, "cpu", i)
+        yield "region_pool", lambda case=case: ops.region_pool(*case), lambda case=case: r2o.region_pool_ref(*case)
+    for i, (G, N, D, K, dtype, iters) in enumerate(
+        [
+            (0, 8, 3, 2, single, 3),
+            (2, 0, 3, 2, single, 3),
+            (1, 2, 1, 5, double, 3),  # more clusters than points
+            (3, 40, 37, 7, single, 20),
+            (2, 30, 130, 21, double, 4),
+            (1, 258, 33, 60, single, 2),
+            (1, 1030, 4, 3, single, 1),
+            (4, 24, 8, 4, single, 0),
+        ]
+    ):
+        case = (*kmeans_case(G, N, D, K, dtype, "cpu", i), iters)
+        yield "kmeans", lambda case=case: ops.kmeans(*case), lambda case=case: r2o.kmeans_ref(*case)
+    for i, (B, h, w, K, size) in enumerate([(0, 3, 3, 2, 7), (1, 1, 1, 1, 1), (3, 14, 14, 6, 7), (2, 30, 56, 3, 9)]):
+        case = (*crop_case(B, h, w, K, i, "cpu"), size)
+        yield "crop_masks", lambda case=case: [ops.crop_masks(*case)], lambda case=case: [r2o.crop_masks_ref(*case)]
+    for i, (B, C, H, K, P, dtype) in enumerate(
+        [
+            (1, 1, 1, 1, 0, single),
+            (2, 5, 3, 4, 9, double),
+            (3, 257, 2, 3, 270, single),
+            (2, 40, 7, 5, 12, torch.bfloat16),
+        ]
+    ):
+        both = backward(*mask_case(B, C, H, K, P, dtype, "cpu", i))
+        yield "mask_pool", lambda both=both: both(ops.mask_pool), lambda both=both: both(r2o.mask_pool_ref)
+
+
+def main(only: list[str], orders: int):
+    for name, op, reference in cases():
+        if only and name not in only:
+            continue
+        want, first = reference(), None
+        for order in range(orders):
+            set_order(order)
+            got = op()
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b, msg=lambda said, name=name: f"{name}: {said}")
+            first = first or got
+            assert all(torch.equal(a, b) for a, b in zip(got, first, strict=True)), (
+                f"{name} depends on the order {order}"
+            )
+    print("emulated: all equal")
+
+
+if __name__ == "__main__":
+    main(sys.argv[2:], int(sys.argv[1]))

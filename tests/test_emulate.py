@@ -1,0 +1,162 @@
+"""The CUDA kernels, unmodified, on a CPU (csrc/emulate): they equal their references and break no rule of a GPU."""
+
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import r2o_ops
+
+sys.path.insert(0, str(ROOT / "csrc/emulate"))
+import build
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")]
+OUT = ROOT / "build/emulate"
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    OUT.mkdir(parents=True, exist_ok=True)
+    with open(OUT / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        build.build(OUT)
+
+
+def emulate(folder, orders: int, *only: str) -> tuple[int, str]:
+    """The exit status of emulated.py, and its last line."""
+    path = os.pathsep.join(map(str, (folder, ROOT, ROOT / "tests")))
+    command = [sys.executable, ROOT / "tests/emulated.py", str(orders), *only]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+    return done.returncode, (done.stdout + done.stderr).strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("op", ["region_pool", "kmeans", "crop_masks", "mask_pool"])
+def test_kernels_equal_their_references_in_every_order_of_threads_and_blocks(emulator, op):
+    assert emulate(OUT, 4, op) == (0, "emulated: all equal")
+
+
+BREAKS = {
+    "a barrier removed before a sum is read": (
+        "kmeans.cu",
+        "if (lane == 0) part[warp] = v;\n  __syncthreads();",
+        "if (lane == 0) part[warp] = v;",
+        "shared memory is read before it is written",
+    ),
+    "a barrier removed before a list is appended to again": (
+        "launch.h",
+        "if (mine) list[place] = i;\n  __syncthreads();",
+        "if (mine) list[place] = i;",
+        "a race (a write where another thread has read",
+    ),
+    "a barrier removed between zeroing and counting": (
+        "region_pool.cu",
+        "pixels[i] = 0;\n  __syncthreads();",
+        "pixels[i] = 0;",
+        "shared memory is read before it is written",
+    ),
+    "an addition that is not atomic": (
+        "region_pool.cu",
+        "atomicAdd(&pixels[r * cells + i / w / tall * W + i % w / wide], 1)",
+        "pixels[r * cells + i / w / tall * W + i % w / wide] += 1",
+        "a race",
+    ),
+    "an index that is one too large": (
+        "kmeans.cu",
+        "i < p.N; i += kThreads) row[i]",
+        "i <= p.N; i += kThreads) row[i]",
+        "an access outside",
+    ),
+    "the last block's regions not limited": (
+        "region_pool.cu",
+        "regions = min(kRegions, R - first)",
+        "regions = kRegions",
+        "an access outside all tensors",
+    ),
+    "a bound on lanes left out": (
+        "region_pool.cu",
+        "count = cell < cells ? pixels[warp * cells + cell] : 0",
+        "count = pixels[warp * cells + cell]",
+        "shared memory",
+    ),
+    "a barrier that not all threads reach": (
+        "mask_pool.cu",
+        "  int size = 0;\n  for (int first = 0; first < P",
+        "  int size = 0;\n  if (threadIdx.x < 99) __syncthreads();\n  for (int first = 0; first < P",
+        "barrier",
+    ),
+    "a ballot with half of its mask": (
+        "region_pool.cu",
+        "__ballot_sync(kAllLanes, count > 0)",
+        "__ballot_sync(0xffffu, count > 0)",
+        "a lane that is not in its own mask",
+    ),
+    "shared memory that is not cleared": (
+        "crop_masks.cu",
+        "i += blockDim.x) taps[i] = 0;",
+        "i += blockDim.x) continue;",
+        "shared memory is read before it is written",
+    ),
+    "an array that is not aligned": (
+        "crop_masks.cu",
+        "taps_x = taps + size * h;",
+        "taps_x = reinterpret_cast<float*>(reinterpret_cast<char*>(taps) + 4 * size * h - 2);",
+        "an access that is not aligned",
+    ),
+    "more threads than a block can have": (
+        "kmeans.cu",
+        "kSeedThreads = 1024",
+        "kSeedThreads = 2048",
+        "at most 1,024 can be",
+    ),
+    "more shared memory than was asked for": (
+        "launch.h",
+        "  const auto status = cuda",
+        "  return;\n  const auto status = cuda",
+        "bytes of shared memory",
+    ),
+    "memory that is never written": (
+        "region_pool.cu",
+        "touched[warp] = found;\n      area[",
+        "touched[warp] = found;\n      if (R < 0) area[",
+        "nan",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_what_a_gpu_would_not_forgive_is_noticed(emulator, tmp_path, name):
+    file, old, new, said = BREAKS[name]
+    shutil.copytree(OUT, tmp_path / "build")
+    changed = []
+
+    def change(other, text):
+        if other == file:
+            assert text.count(old) == 1
+            changed.append(file)
+            return text.replace(old, new)
+        return text
+
+    build.build(tmp_path / "build", change)
+    status, last = emulate(tmp_path / "build", 2, *([file.removesuffix(".cu")] if file.endswith(".cu") else []))
+    assert changed and status == 1 and said in last
+
+
+def test_no_kernel_takes_more_registers_than_a_gpu_has_for_its_threads():
+    """As ptxas has compiled them: 65,536 for a block, and none spilled to memory."""
+    triton = pytest.importorskip("triton", reason="needs cuobjdump, which comes with triton")
+    if r2o_ops.r2o_C is None or not r2o_ops.r2o_C.with_cuda:
+        pytest.skip("needs r2o_C built with CUDA")
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    command = [tool, "--dump-resource-usage", r2o_ops.r2o_C.__file__]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", said)
+    assert len({kernel for kernel, *_ in found}) > 20
+    for kernel, registers, stack in found:
+        threads = 1024 if "seed" in kernel else 256
+        assert int(registers) * threads <= 65_536 and int(stack) == 0, kernel
