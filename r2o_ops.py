@@ -5,6 +5,7 @@ checks its input and calls whichever is there; `extension()` says which. All com
 input), also for half-precision input and inside autocast. Letters as in r2o.py.
 """
 
+import contextlib
 import importlib.util
 import math
 import warnings
@@ -36,12 +37,31 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+@contextlib.contextmanager
+def full_precision(device: torch.device):
+    """Outside autocast, and with float32 products in float32, whatever the caller allows (TF32, bfloat16)."""
+    with torch.autocast(device.type, enabled=False):
+        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # PyTorch 2.9
+            matmul = (torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul
+            before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+        else:
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+                matmul.fp32_precision = before
+            else:
+                torch.set_float32_matmul_precision(before)
+
+
 def _run(reference, *args):
-    """Call the compiled op, or its reference if none was built for this device, outside autocast."""
+    """Call the compiled op, or its reference if none was built for this device, in full precision."""
     device = args[0].device
     compiled = extension(device) != "python"
     op = getattr(torch.ops.r2o, reference.__name__.removesuffix("_ref")) if compiled else reference
-    with torch.autocast(device.type, enabled=False):
+    with full_precision(device):
         return op(*args)
 
 
@@ -72,10 +92,11 @@ def _check_ids(name: str, ids: Tensor, count: int):
 def region_pool_ref(features: Tensor, regions: Tensor, num_regions: int) -> tuple[Tensor, Tensor]:
     B, _, H, W = features.shape
     h, w = regions.shape[1:]
-    cell = (torch.arange(h) // (h // H))[:, None] * W + torch.arange(w) // (w // W)  # (h, w)
+    y, x = (torch.arange(n, device=regions.device) for n in (h, w))
+    cell = (y // (h // H))[:, None] * W + x // (w // W)  # (h, w)
     ids = regions.long()
     ids = torch.where((ids < 0) | (ids >= num_regions), num_regions, ids)  # an extra bin, dropped below
-    index = (ids * (H * W) + cell.to(ids.device)).flatten(1)  # (B, h w)
+    index = (ids * (H * W) + cell).flatten(1)  # (B, h w)
     pixels = features.new_zeros(B, (num_regions + 1) * H * W, dtype=upcast(features[:0]).dtype)
     pixels.scatter_add_(1, index, torch.ones_like(index, dtype=pixels.dtype))
     share = pixels.view(B, num_regions + 1, H * W)[:, :num_regions] / (h * w / (H * W))  # (B, R, HW)
@@ -188,7 +209,7 @@ def kmeans_seeded(points: Tensor, valid: Tensor, uniforms: Tensor, max_iters: in
     points = upcast(points)
     if points.is_cuda and r2o_C is not None and points.shape[1] > r2o_C.max_points_cuda:
         warnings.warn(f"{points.shape[1]} points are too many for the CUDA kmeans: plain PyTorch runs", stacklevel=2)
-        with torch.autocast("cuda", enabled=False):
+        with full_precision(points.device):
             return kmeans_ref(points, valid, uniforms, max_iters)
     return _run(kmeans_ref, points, valid, uniforms, max_iters)
 
@@ -199,7 +220,8 @@ def kmeans_seeded(points: Tensor, valid: Tensor, uniforms: Tensor, max_iters: in
 def crop_masks_ref(masks: Tensor, boxes: Tensor, flips: Tensor, num_clusters: int, size: int) -> Tensor:
     B, h, w = masks.shape
     one_hot = (masks[:, None] == torch.arange(num_clusters, device=masks.device)[:, None, None]).float()  # (B, K, h, w)
-    xyxy = boxes.float() * torch.tensor([w, h, w, h], device=boxes.device)
+    x0, y0, x1, y1 = boxes.float().unbind(1)
+    xyxy = torch.stack([x0 * w, y0 * h, x1 * w, y1 * h], 1)
     image = torch.arange(B, device=boxes.device, dtype=torch.float32)[:, None]
     weights = roi_align(one_hot, torch.cat([image, xyxy], 1), size, aligned=True)
     return torch.where(flips[:, None, None, None], weights.flip(-1), weights)
@@ -266,11 +288,11 @@ if r2o_C is not None:
 
     @torch.library.register_fake("r2o::crop_masks")
     def _(masks, boxes, flips, num_clusters, size):
-        return boxes.new_empty(len(masks), num_clusters, size, size)
+        return boxes.new_empty(masks.shape[0], num_clusters, size, size)
 
     @torch.library.register_fake("r2o::mask_pool")
     def _(features, weights, pairs):
-        return weights.new_empty(len(pairs), features.shape[1])
+        return weights.new_empty(pairs.shape[0], features.shape[1])  # not len(): P may be unknown
 
     @torch.library.register_fake("r2o::mask_pool_backward")
     def _(grad, weights, pairs):

@@ -25,6 +25,8 @@ inline void check_same_device(const Tensor& a, const Tensor& b) {
 
 // Maximum points per K-means group on a GPU, which stores all N² dot products.
 constexpr int64_t kMaxPoints = 8192;
+// Bytes of these products, of several groups, that are kept at a time.
+constexpr int64_t kGramBytes = int64_t{2} << 30;
 
 // Compute precision of pooling and clustering: float64 for float64 input, else float32.
 inline at::ScalarType full_type(const Tensor& t) {
@@ -108,7 +110,9 @@ R2O_HD float product(float a, float b) {
 // torchvision.
 R2O_HD void roi_taps(float low, float high, int size, int bin, int length, float* taps) {
   const float start = product(low, length) - 0.5f, extent = (product(high, length) - 0.5f) - start, step = extent / size;
-  const int samples = static_cast<int>(ceilf(extent / size));
+  // differs: at most 65,536 samples, which a box of 65,536 bins has; infinite and NaN boxes have no weights
+  const float wanted = ceilf(extent / size);
+  const int samples = wanted <= 65536.0f ? static_cast<int>(wanted) : 0;
   for (int s = 0; s < samples; ++s) {
     float y = start + bin * step + (s + 0.5f) * step / samples;
     if (y < -1.0f || y > length) continue;

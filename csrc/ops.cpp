@@ -18,6 +18,7 @@ PYBIND11_MODULE(r2o_C, m) {
   m.doc() = "The compiled ops of r2o_ops.py, registered as torch.ops.r2o.*. The attributes describe the build.";
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("max_points_cuda") = r2o::kMaxPoints;
+  m.attr("gram_bytes_cuda") = r2o::kGramBytes;
 #ifdef R2O_WITH_CUDA
   m.attr("with_cuda") = true;
 #else

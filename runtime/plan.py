@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 import r2o
+import r2o_ops
 from runtime import cli, distributed
 from runtime.cli import need, need_package, warn
 from runtime.folders import median_side
@@ -204,4 +205,8 @@ def training_memory(model: r2o.R2O, images: int, size: int, device: torch.device
     weights += 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
     rows = images * getattr(model, "samples", 0)  # of each view
     weights += 28 * rows**2 * distributed.place()[1]  # for both directions two cosines, two masks; and a backward pass
+    if r2o.extension(device) == "cuda" and model.masks == "predicted":  # K-means keeps dot products of groups' points
+        points = min(images, model.kmeans_group) * model.num_regions
+        several = 4 * points * images * model.num_regions
+        weights += max(4 * points**2, min(several, r2o_ops.r2o_C.gram_bytes_cuda))
     return weights + images * ((kept[1] - kept[0]) + 6 * 12 * size**2)  # activations of 2 views; 6 images in float32

@@ -1,8 +1,10 @@
 """The compiled ops equal their references, on any input: csrc/ against the `_ref`s of r2o_ops.py."""
 
+import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -240,7 +242,77 @@ def test_ops_are_deterministic(device):
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@on_devices
+@pytest.mark.parametrize("shape", [(5, 307), (32, 48), (29, 53)])
+def test_region_pool_of_maps_whose_shared_memory_is_about_48_kb(device, shape):
+    """1,535, 1,536 and 1,537 cells."""
+    case = pool_case(1, 3, *shape, 1, 5, torch.uint8, torch.float32, device, 0)
+    for got, want in zip(ops.region_pool(*case), r2o.region_pool_ref(*case), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@on_a_gpu
+@pytest.mark.parametrize(
+    "G, N, D, K", [(1, 6132, 3, 4), (1, 6133, 3, 4), (1, 6144, 3, 4), (70_000, 10, 8, 2), (40, 4000, 4, 3)]
+)
+def test_kmeans_of_many_points_or_groups_on_a_gpu(G, N, D, K):
+    """float64 rows of 48 KB; more groups than a grid has rows; more dot products than are kept at a time (5 GB)."""
+    case = (*kmeans_case(G, N, D, K, torch.float64, "cuda", 0), 2)
+    (centers, assign), (centers_ref, assign_ref) = ops.kmeans(*case), r2o.kmeans_ref(*case)
+    torch.testing.assert_close(centers, centers_ref)
+    assert torch.equal(assign, assign_ref)
+
+
+@on_devices
+def test_products_are_exact_whatever_others_may_be(device):
+    """TF32, or bfloat16 on a CPU, would move points between clusters."""
+    points = torch.nn.functional.normalize(torch.randn(1, 400, 64, generator=rng(0)).to(device), dim=-1)
+    valid = torch.ones(1, 400, dtype=torch.bool, device=device)
+    u = r2o.seeding_uniforms(1, 30, rng(1)).to(device)
+    c4 = torch.randn(2, 64, 14, 14, generator=rng(2)).to(device)
+    regions = r2o.grid_regions().expand(2, -1, -1).to(device)
+    found = []
+    for precision in ("highest", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        with r2o_ops.full_precision(points.device):
+            reference = r2o.kmeans_ref(points, valid, u, 20)
+        assert torch.get_float32_matmul_precision() == precision
+        masks = r2o.predict_masks(c4, regions, 30, u)
+        found.append((*reference, *r2o_ops.kmeans_seeded(points, valid, u, 20), masks))
+    torch.set_float32_matmul_precision("highest")
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@on_a_gpu
+def test_kmeans_inside_autocast_on_a_gpu():
+    case = (*kmeans_case(2, 60, 8, 5, torch.float32, "cuda", 0), 5)
+    with torch.autocast("cuda", torch.bfloat16):
+        got = ops.kmeans(*case)
+    assert all(torch.equal(a, b) for a, b in zip(got, ops.kmeans(*case), strict=True))
+
+
+def test_output_shapes_follow_from_sizes_that_are_not_known_yet():
+    """P of a nonzero() that torch.compile has not run."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+        weights, features = torch.rand(2, 3, 7, 7), torch.rand(2, 5, 7, 7)
+        pairs = (weights.sum((2, 3)) > 1).nonzero()
+        assert ops.mask_pool(features, weights, pairs).shape == (pairs.shape[0], 5)
+
+
+def test_boxes_that_are_not_finite_end_soon_and_have_no_weight():
+    masks, flips = torch.zeros(3, 4, 4, dtype=torch.long), torch.zeros(3, dtype=torch.bool)
+    boxes = torch.tensor([[0, 0, math.inf, 1], [0, math.nan, 1, 1], [0, 0, 3e38, 1]])
+    began = time.perf_counter()
+    assert not ops.crop_masks(masks, boxes, flips, 1, 7).any() and time.perf_counter() - began < 1
+
+
+@on_a_gpu
 def test_ops_never_make_the_host_wait():
     case = kmeans_case(2, 500, 16, 8, torch.float32, "cuda", 0)
     pool, crop, mask = (

@@ -11,6 +11,7 @@
 // Initially, each cluster's only member is its seed. Once no point changes cluster, all blocks return immediately.
 // The host launches a fixed sequence of kernels and reads nothing back. All sums have a fixed order.
 // Floor: 2 N² D operations for gram, then N² floats per iteration, from L2 if they fit (N = 3200: 41 MB).
+#include <ATen/Context.h>
 #include <ATen/Dispatch.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
@@ -18,6 +19,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "../common.h"
@@ -64,8 +66,9 @@ template <typename T>
 __global__ void center(const T* points, Problem<T> p) {
   __shared__ T sums[kThreads];
   __shared__ int counts[kThreads];
-  const int64_t g = blockIdx.y, base = g * p.N;
-  const int lane = threadIdx.x % kWarp, stretch = threadIdx.x / kWarp, stretches = kThreads / kWarp, d = blockIdx.x * kWarp + lane;
+  const int blocks = (p.D + kWarp - 1) / kWarp;  // of a group
+  const int64_t g = blockIdx.x / blocks, base = g * p.N;
+  const int lane = threadIdx.x % kWarp, stretch = threadIdx.x / kWarp, stretches = kThreads / kWarp, d = blockIdx.x % blocks * kWarp + lane;
   T sum = 0;
   int count = 0;
   for (int i = stretch; i < p.N; i += stretches)
@@ -83,7 +86,7 @@ __global__ void center(const T* points, Problem<T> p) {
     for (int i = stretch; i < p.N; i += stretches) p.x[(base + i) * p.D + d] = p.valid[base + i] ? points[(base + i) * p.D + d] - mean : 0;
     if (stretch == 0) p.mean[g * p.D + d] = mean;
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0) p.used[g] = min(p.K, count);
+  if (d == 0 && stretch == 0) p.used[g] = min(p.K, count);
 }
 
 // Greedy k-means++. A point's weight is its squared distance to the nearest seed, 1 before the first seed, 0 if invalid.
@@ -253,6 +256,13 @@ std::tuple<Tensor, Tensor> kmeans_cuda(const Tensor& points, const Tensor& valid
   const auto options = points.options(), integers = options.dtype(at::kInt), flags = options.dtype(at::kBool);
   Tensor out = at::zeros({G, K, D}, options), label = at::full({G, N}, -1, options.dtype(at::kLong));
   if (points.numel() == 0) return {out, label};
+  const int64_t at_once = std::max<int64_t>(1, kGramBytes / (N * N * points.element_size()));
+  for (int64_t g = 0; at_once < G && g < G; g += at_once) {  // fewer groups, with less memory
+    const int64_t some = std::min(at_once, G - g);
+    const auto [c, l] = kmeans_cuda(points.narrow(0, g, some), valid.narrow(0, g, some), uniforms.narrow(0, g, some), max_iters);
+    out.narrow(0, g, some).copy_(c), label.narrow(0, g, some).copy_(l);
+    if (g + some == G) return {out, label};
+  }
   const Tensor in = points.contiguous(), ok = valid.contiguous(), u = uniforms.contiguous();
   Tensor x = at::empty({G, N, D}, options), mean = at::empty({G, D}, options);
   Tensor centers = at::empty({G, K, D}, options), half = at::empty({G, K}, options);
@@ -265,8 +275,10 @@ std::tuple<Tensor, Tensor> kmeans_cuda(const Tensor& points, const Tensor& valid
     p.x = x.mutable_data_ptr<T>(), p.mean = mean.mutable_data_ptr<T>();
     p.centers = centers.mutable_data_ptr<T>(), p.half = half.mutable_data_ptr<T>();
     p.members = members.mutable_data_ptr<int>(), p.size = size.mutable_data_ptr<int>(), p.used = used.mutable_data_ptr<int>();
-    center<T><<<dim3((D + kWarp - 1) / kWarp, G), kThreads, 0, stream>>>(in.const_data_ptr<T>(), p);
+    center<T><<<(D + kWarp - 1) / kWarp * G, kThreads, 0, stream>>>(in.const_data_ptr<T>(), p);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
+    const at::NoTF32Guard exact;  // and no autocast: in T, whatever the caller allows other products
+    const c10::impl::ExcludeDispatchKeyGuard full(c10::autocast_dispatch_keyset);
     const Tensor gram = at::bmm(x, x.transpose(1, 2));  // (G, N, N)
     p.gram = gram.const_data_ptr<T>();
     seed<T><<<G, kSeedThreads, 0, stream>>>(u.const_data_ptr<double>(), p, square.mutable_data_ptr<T>(), distance.mutable_data_ptr<T>(), trials);

@@ -4,10 +4,11 @@
 //   backward   df[b, :, n] = sum_{p: b_p = b} w[b, k_p, n] dh[p] / sum_n w[b, k_p, n]     one block per (image, cell)
 //
 // Each thread handles 8 channels, which are innermost, at a time. One thread sums each output in a fixed order, without
-// atomics. In backward, one block per image first lists its rows. Out-of-range pairs give zero rows and no gradient.
+// atomics. For backward, pairs are sorted by image. Out-of-range pairs give zero rows and no gradient.
 // Floor: one read of the features and one write of the rows; the reverse in backward. Zero-weight cells are skipped.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sort.h>
 #include <torch/library.h>
 
 #include "../common.h"
@@ -39,37 +40,40 @@ __global__ void pool(const In* features, const T* weights, const int64_t* pairs,
   }
 }
 
-// rows: (B, P), each image's pairs in order; count: (B); totals: (P), total weight of each pair's mask.
+// totals: (P), the total weight of each pair's mask; 0 for pairs out of range.
 template <typename T>
-__global__ void list_rows(const T* weights, const int64_t* pairs, int* rows, int* count, T* totals, int P, int64_t K, int cells) {
-  const int64_t b = blockIdx.x;
-  int size = 0;
-  for (int first = 0; first < P; first += kThreads) {
-    const int64_t p = first + threadIdx.x, k = p < P ? pairs[2 * p + 1] : -1;
-    const bool mine = k >= 0 && k < K && pairs[2 * p] == b;
-    if (mine) {
-      T total = 0;
-      for (int n = 0; n < cells; ++n) total += weights[(b * K + k) * cells + n];
-      totals[p] = total;
-    }
-    size = append(rows + b * P, size, mine, p);
-  }
-  if (threadIdx.x == 0) count[b] = size;
+__global__ void sum_weights(const T* weights, const int64_t* pairs, T* totals, int64_t B, int64_t K, int P, int cells) {
+  const int p = blockIdx.x * kThreads + threadIdx.x;
+  if (p >= P) return;
+  const int64_t b = pairs[2 * p], k = pairs[2 * p + 1];
+  T total = 0;
+  for (int n = 0; b >= 0 && b < B && k >= 0 && k < K && n < cells; ++n) total += weights[(b * K + k) * cells + n];
+  totals[p] = total;
 }
 
-// df: (B, cells, C)
+// The first of P sorted images that is not below b.
+__device__ inline int first_of(const int64_t* images, int P, int64_t b) {
+  int low = 0, high = P;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    images[middle] < b ? low = middle + 1 : high = middle;
+  }
+  return low;
+}
+
+// images: (P), sorted; order: (P), where each was in pairs; df: (B, cells, C)
 template <typename T>
-__global__ void spread(const T* dh, const T* weights, const int64_t* pairs, const int* rows, const int* count, const T* totals, T* df, int P,
+__global__ void spread(const T* dh, const T* weights, const int64_t* pairs, const int64_t* images, const int64_t* order, const T* totals, T* df, int P,
                        int64_t K, int C, int cells) {
   const int64_t b = blockIdx.x / cells;
-  const int n = blockIdx.x % cells;
+  const int n = blockIdx.x % cells, begin = first_of(images, P, b), end = first_of(images, P, b + 1);
   for (int start = threadIdx.x; start < C; start += kChunk) {
     T sum[kThreadChannels] = {};
-    for (int j = 0; j < count[b]; ++j) {
-      const int64_t p = rows[b * P + j];
-      const T w = weights[(b * K + pairs[2 * p + 1]) * cells + n];
-      if (w == 0 || !(totals[p] > 0)) continue;
-      const T share = w / totals[p];
+    for (int j = begin; j < end; ++j) {
+      const int64_t p = order[j];
+      if (!(totals[p] > 0)) continue;
+      const T share = weights[(b * K + pairs[2 * p + 1]) * cells + n] / totals[p];
+      if (share == 0) continue;
       for (int u = 0; u < kThreadChannels; ++u)
         if (start + u * kThreads < C) sum[u] += share * dh[p * C + start + u * kThreads];
     }
@@ -107,16 +111,17 @@ Tensor mask_pool_backward_cuda(const Tensor& grad, const Tensor& weights, const 
   Tensor df = at::empty({B, H, W, C}, grad.options());
   if (df.numel()) {
     const Tensor dh = grad.contiguous(), w = weights.contiguous(), checked = pairs.to(at::kLong).contiguous();
-    Tensor rows = at::empty({B, P}, grad.options().dtype(at::kInt)), count = at::empty({B}, rows.options()), totals = at::empty({P}, grad.options());
+    const auto sorted = at::sort(checked.select(1, 0), /*stable=*/true, /*dim=*/0, /*descending=*/false);
+    const Tensor &images = std::get<0>(sorted), &order = std::get<1>(sorted);
+    Tensor totals = at::empty({P}, grad.options());
     const auto* pair = checked.const_data_ptr<int64_t>();
     AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "mask_pool_backward", [&] {
       const auto* w_data = w.const_data_ptr<scalar_t>();
       auto* total = totals.mutable_data_ptr<scalar_t>();
-      auto *row = rows.mutable_data_ptr<int>(), *counts = count.mutable_data_ptr<int>();
-      list_rows<scalar_t><<<B, kThreads, 0, stream>>>(w_data, pair, row, counts, total, P, K, cells);
+      if (P) sum_weights<scalar_t><<<(P + kThreads - 1) / kThreads, kThreads, 0, stream>>>(w_data, pair, total, B, K, P, cells);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
-      spread<scalar_t><<<B * cells, kThreads, 0, stream>>>(dh.const_data_ptr<scalar_t>(), w_data, pair, row, counts, total,
-                                                           df.mutable_data_ptr<scalar_t>(), P, K, C, cells);
+      spread<scalar_t><<<B * cells, kThreads, 0, stream>>>(dh.const_data_ptr<scalar_t>(), w_data, pair, images.const_data_ptr<int64_t>(),
+                                                           order.const_data_ptr<int64_t>(), total, df.mutable_data_ptr<scalar_t>(), P, K, C, cells);
     });
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }

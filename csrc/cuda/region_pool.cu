@@ -25,8 +25,9 @@ __global__ void pool(const In* features, const Id* ids, T* p, T* area, int R, in
   __shared__ int touched[kRegions];
   const int cells = H * W, tall = h / H, wide = w / W, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int *pixels = shared, *list = shared + kRegions * cells;  // both (kRegions, cells)
-  const int64_t b = blockIdx.y;
-  const int first = blockIdx.x * kRegions, regions = min(kRegions, R - first);
+  const int blocks = (R + kRegions - 1) / kRegions;  // of an image
+  const int64_t b = blockIdx.x / blocks;
+  const int first = blockIdx.x % blocks * kRegions, regions = min(kRegions, R - first);
   for (int i = threadIdx.x; i < kRegions * cells; i += kThreads) pixels[i] = 0;
   __syncthreads();
   for (int i = threadIdx.x; i < h * w; i += kThreads) {
@@ -85,7 +86,7 @@ std::tuple<Tensor, Tensor> region_pool_cuda(const Tensor& features, const Tensor
     const auto launch = [&](const auto* id) {
       using Id = std::decay_t<decltype(*id)>;
       allow_shared(reinterpret_cast<const void*>(pool<scalar_t, Id, T>), shared);
-      pool<scalar_t, Id, T><<<dim3((R + kRegions - 1) / kRegions, B), kThreads, shared, c10::cuda::getCurrentCUDAStream()>>>(
+      pool<scalar_t, Id, T><<<(R + kRegions - 1) / kRegions * B, kThreads, shared, c10::cuda::getCurrentCUDAStream()>>>(
           x.const_data_ptr<scalar_t>(), id, p.mutable_data_ptr<T>(), area.mutable_data_ptr<T>(), R, C, H, W, h, w);
     };
     ids.scalar_type() == at::kByte ? launch(ids.const_data_ptr<uint8_t>()) : launch(ids.const_data_ptr<int64_t>());
