@@ -35,6 +35,7 @@ from r2o_ops import (  # the ops of csrc/; some are only re-exported
     crop_masks,
     crop_masks_ref,
     extension,
+    full_precision,
     kmeans,
     kmeans_ref,
     kmeans_seeded,
@@ -128,7 +129,7 @@ def predict_masks(
     if assign == "region":
         return cluster.clamp(min=0).gather(1, regions.flatten(1).long()).view(regions.shape)
 
-    with torch.autocast(c4.device.type, enabled=False):
+    with full_precision(c4.device):
         x = in_groups(upcast(c4).permute(0, 2, 3, 1).flatten(1, 2), len(mu)).flatten(1, 2)  # (G, N, C)
         length = x.norm(dim=-1, keepdim=True).clamp(min=1e-12)  # dividing the product is cheaper than dividing x
         scores = x @ mu.mT / length - mu.square().sum(-1)[:, None] / 2  # (G, N, K)
@@ -347,7 +348,7 @@ class R2O(nn.Module):
         """
         B, K = len(images), self.num_regions if self.masks == "prior" else num_clusters
         uniforms, ranks_per_group = self.seeds(B, 1 if self.masks == "prior" else K, generator)
-        uniforms = uniforms.to(images.device, non_blocking=True)
+        uniforms = send(uniforms, images.device)
 
         # Mask prediction (Sec. 3.1, Eq. (1)). On a GPU this runs on a side stream, overlapping the online forward pass;
         # with SyncBatchNorm, where the host waits in each layer, only K-means overlaps.
@@ -389,11 +390,18 @@ class R2O(nn.Module):
         return uniforms[rank // ranks * groups :][:groups], ranks
 
 
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device, without the host waiting, as it does for more than 64 KB of memory that is not pinned."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
 class SideStream:
     """A context whose CUDA kernels run beside those of the current stream; without effect on a CPU. After join(), the
     current stream may use the tensors that were made inside."""
 
-    stream = functools.cache(torch.cuda.Stream)  # reuse one per device: the caching allocator keeps a pool per stream
+    # One per device, since the caching allocator keeps a pool per stream. Of high priority, lest each of its many small
+    # launches waits behind a convolution's blocks.
+    stream = functools.cache(functools.partial(torch.cuda.Stream, priority=-1))
 
     def __init__(self, device: torch.device, enabled: bool = True):
         self.side = None
@@ -635,9 +643,15 @@ def draw_views(image: Tensor, size: int, rng: np.random.Generator, policy: str =
 # ---- Views (A.1), 2: on the device, mirror, jitter, gray, blur, solarize and normalize a whole batch -----------------
 
 
+@functools.cache
+def constants(of_channels: tuple[float, ...], device: torch.device) -> Tensor:
+    """(3, 1, 1), copied to a GPU once: the host waits for it."""
+    return torch.tensor(of_channels, device=device).view(3, 1, 1)
+
+
 def gray(x: Tensor) -> Tensor:
     """(N, 3, S, S) -> (N, 1, S, S), ITU-R 601 luma."""
-    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    return (x * constants((0.2989, 0.587, 0.114), x.device)).sum(1, keepdim=True)
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
@@ -662,7 +676,7 @@ def adjust_hue(x: Tensor, factor: Tensor) -> Tensor:
     c = torch.where(chroma > 0, chroma, 1)
     sixth = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c))
     sixth = sixth + 6 * factor[:, 0]  # the hue, in sixths of a circle
-    k = (x.new_tensor([5, 3, 1]).view(3, 1, 1) + sixth[:, None]) % 6
+    k = (constants((5.0, 3.0, 1.0), x.device) + sixth[:, None]) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -707,4 +721,5 @@ def augment(views: Tensor, flips: Tensor, factors: Tensor) -> Tensor:
 def normalize(x: Tensor) -> Tensor:
     """uint8 or [0, 1] float images -> ImageNet mean 0 and standard deviation 1 per channel."""
     x = x.float() / 255 if x.dtype == torch.uint8 else x
-    return TF.normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    mean, std = (constants(of, x.device) for of in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return (x - mean) / std

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -253,3 +254,56 @@ def test_groups_are_as_large_as_they_may_be(images, world, most):
         assert (groups, ranks) == (images // most, 1)
     if most % images == 0 and world % (most // images) == 0:
         assert (groups, ranks) == (1, most // images)
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("K", [5, 128])
+def test_on_a_gpu_the_host_waits_once_in_a_step_to_learn_the_number_of_pairs(K, monkeypatch):
+    """Augmentation, the forward and the backward pass. Random numbers of 128 clusters are more than 64 KB."""
+    net = model(kmeans_group=2).cuda()
+    images, views, regions, boxes, flips = (x.cuda() for x in batch(B=32))
+    factors = torch.stack([torch.tensor(r2o.draw_factors(np.random.default_rng(i), i % 2)) for i in range(64)])
+    raw, nonzero = torch.randint(256, (64, 3, 64, 64), dtype=torch.uint8, device="cuda"), torch.Tensor.nonzero
+    waits = []
+
+    def counted(x):
+        if not x.is_cuda:
+            return nonzero(x)
+        waits.append(1)
+        torch.cuda.set_sync_debug_mode("default")
+        found = nonzero(x)
+        torch.cuda.set_sync_debug_mode("error")
+        return found
+
+    for i in range(2):  # the first makes constants and streams
+        if i:
+            monkeypatch.setattr(torch.Tensor, "nonzero", counted)
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            r2o.augment(raw, flips.T.flatten(), factors)
+            loss, _ = net(images, views, regions, boxes, flips, K, rng())
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 1
+
+
+@on_a_gpu
+def test_masks_are_predicted_on_a_stream_of_high_priority():
+    assert r2o.SideStream.stream(torch.device("cuda")).priority < torch.cuda.current_stream().priority
+
+
+def test_constants_are_made_once_for_a_device(monkeypatch):
+    """On a GPU the host would wait for each."""
+    x, factor = torch.rand(2, 3, 8, 8), torch.full((2, 1, 1, 1), 0.1)
+
+    def use():
+        return r2o.normalize(x), r2o.gray(x), r2o.adjust_hue(x, factor)
+
+    use()
+    monkeypatch.setattr(torch, "tensor", None)
+    monkeypatch.setattr(torch.Tensor, "new_tensor", None)
+    use()
