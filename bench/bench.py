@@ -75,7 +75,11 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.calls += 1
         self.waits += func.overloadpacket.__name__ in self.WAITS
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("_to_copy", "copy_"):  # of memory that is not pinned, to a GPU
+            source = args[func.overloadpacket.__name__ == "copy_"]
+            self.waits += out.is_cuda and not source.is_cuda and not source.is_pinned()
+        return out
 
 
 def count(f, device) -> tuple:
@@ -756,6 +760,8 @@ def main():
         images = pictures(args.images, GROUP)
     except UsageError as e:
         p.error(str(e))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose events and streams are used without naming them
     bench = Bench(device, args.seconds)
     theirs = authors_code(args.authors, device) if args.authors else None
     print(f"{machine(device)}, ops: {r2o.extension(device)}, {bench.rates}\n{' | '.join(COLUMNS)}")
