@@ -116,7 +116,7 @@ def list_cityscapes(root: Path, split: str) -> list[tuple[Path, Path]]:
     return [(Path(i), Path(m[0])) for i, m in zip(town.images, town.targets, strict=True)]
 
 
-def list_own(data: list[Path], split: str, val_split: str, suffix: str) -> tuple[list, list]:
+def list_own(data: list[Path], split: str, val_split: str, suffix: str | None) -> tuple[list, list]:
     """One's own pairs to train on and to evaluate on, from ROOT/images and ROOT/labels or two folders, with or without
     the splits in each, or from ROOT/train/images and so on. Without splits every fifth image is held out."""
     images, labels = data if len(data) == 2 else (data[0] / "images", data[0] / "labels")
@@ -151,10 +151,11 @@ def own_recipe(args, train: list, val: list) -> Recipe:
     program before it has trained. Void ids are no classes, even if they are below the number of classes."""
     void, seen, rank = args.void or [], ({}, {}), distributed.place()[0]
     settings = {"num_workers": args.workers, "worker_init_fn": distributed.ignore_stop_signals}
-    loader = DataLoader(LabelIds(train + val), batch_size=None, **settings)
+    pairs = train + val
+    loader = DataLoader(LabelIds(pairs), batch_size=None, **settings)
     for i, ids in enumerate(cli.bar(distributed.iterate(loader), "reading labels", len(loader), disable=rank > 0)):
         for id_ in ids:
-            seen[i >= len(train)].setdefault(id_, (train + val)[i][1])
+            seen[i >= len(train)].setdefault(id_, pairs[i][1])
     every = seen[1] | seen[0]
     holds = f"hold the ids {', '.join(map(str, sorted(every)[:40]))}{', …' * (len(every) > 40)}"
     binary = "; if 255 is the object, save it as 1" if {*every} == {0, 255} else ""
