@@ -96,20 +96,21 @@ def test_a_stop_signal_saves_at_the_next_step_and_has_its_exit_status(photos, fi
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 @pytest.mark.slow
 def test_stopped_in_the_midst_of_the_region_maps_it_says_how_many_are_kept(tmp_path, number, status):
-    for i in range(60):
-        picture(i, (500, 400)).save(tmp_path / f"{i:02}.jpg")
+    picture(0, (500, 400)).save(tmp_path / "000.jpg")
+    for i in range(1, 300):  # five seconds of maps after the first flush
+        os.link(tmp_path / "000.jpg", tmp_path / f"{i:03}.jpg")
     out = tmp_path / "out"
     process = start(command(tmp_path, out, "--prepare", "--size", "224", "--workers", "1"))
     wait_for((out / "regions.progress").exists, process)
     os.killpg(process.pid, number)
     printed = process.communicate(timeout=60)[0]
     assert process.returncode == status and "Traceback" not in printed, printed
-    kept = int(re.search(r"stopped: (\d+) of 60 region maps are kept; rerun the same command to go on", printed)[1])
-    assert 0 < kept < 60 and json.loads((out / "regions.progress").read_text())["done"] == kept
+    kept = int(re.search(r"stopped: (\d+) of 300 region maps are kept; rerun the same command to go on", printed)[1])
+    assert 0 < kept < 300 and json.loads((out / "regions.progress").read_text())["done"] == kept
     printed = subprocess.run(
         command(tmp_path, out, "--prepare", "--size", "224"), cwd=ROOT, capture_output=True, text=True
     )
-    assert printed.returncode == 0 and f"{kept}/60" in printed.stderr
+    assert printed.returncode == 0 and f"{kept}/300" in printed.stderr
 
 
 @pytest.mark.slow
