@@ -55,11 +55,11 @@ BREAKS = {
         "if (lane == 0) part[warp] = v;",
         "shared memory is read before it is written",
     ),
-    "a barrier removed before a list is appended to again": (
-        "launch.h",
-        "if (mine) list[place] = i;\n  __syncthreads();",
-        "if (mine) list[place] = i;",
-        "a race (a write where another thread has read",
+    "a barrier removed between making lists and reading them": (
+        "kmeans.cu",
+        "counts[warp] = count;\n  __syncthreads();",
+        "counts[warp] = count;",
+        "shared memory is read before it is written",
     ),
     "a barrier removed between zeroing and counting": (
         "region_pool.cu",
@@ -75,8 +75,8 @@ BREAKS = {
     ),
     "an index that is one too large": (
         "kmeans.cu",
-        "i < p.N; i += kThreads) row[i]",
-        "i <= p.N; i += kThreads) row[i]",
+        "k = threadIdx.x; k < used; k += kThreads",
+        "k = threadIdx.x; k <= used; k += kThreads",
         "an access outside",
     ),
     "the last block's regions not limited": (

@@ -16,22 +16,4 @@ inline void allow_shared(const void* kernel, size_t bytes) {
   TORCH_CHECK(status == cudaSuccess, "this input needs ", bytes >> 10, " KB of shared memory, more than this GPU has: use smaller maps");
 }
 
-// Appends i to list[0 … size) for each thread with `mine` set, in thread order. Returns the new size. All kThreads
-// threads of the block must call it.
-__device__ inline int append(int* list, int size, bool mine, int i) {
-  __shared__ int found[kThreads / kWarp];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const unsigned lanes = __ballot_sync(kAllLanes, mine);
-  if (lane == 0) found[warp] = __popc(lanes);
-  __syncthreads();
-  int place = size + __popc(lanes & ((1u << lane) - 1));
-  for (int w = 0; w < kThreads / kWarp; ++w) {
-    if (w < warp) place += found[w];
-    size += found[w];
-  }
-  if (mine) list[place] = i;
-  __syncthreads();
-  return size;
-}
-
 }  // namespace r2o

@@ -148,7 +148,12 @@ void wait(State state, int line) {
 }
 
 void record(Memory& m, const char* p, size_t bytes, Access kind) {
-  if (m.words.empty() || bytes < m.unit) m.unit = std::min(m.unit, bytes), m.words.assign((m.size + m.unit - 1) / m.unit, {});
+  if (m.words.empty() || bytes < m.unit) {
+    const size_t unit = std::min(m.unit, bytes);
+    std::vector<Word> words((m.size + unit - 1) / unit);
+    for (size_t i = 0; !m.words.empty() && i < words.size(); ++i) words[i] = m.words[i * unit / m.unit];
+    m.unit = unit, m.words.swap(words);
+  }
   const Who who{block_number, current->number, epoch};
   const size_t first = (p - m.begin) / m.unit, count = bytes / m.unit;
   for (size_t i = first; i < first + count; ++i) {
