@@ -57,6 +57,7 @@ def cases():
             (1, 258, 33, 60, single, 2),
             (1, 1030, 4, 3, single, 1),
             (4, 24, 8, 4, single, 0),
+            (1, 4100, 2, 9, single, 0),  # eight points a thread in seeding
         ]
     ):
         case = (*kmeans_case(G, N, D, K, dtype, "cpu", i), iters)

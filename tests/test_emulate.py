@@ -61,6 +61,12 @@ BREAKS = {
         "counts[warp] = count;",
         "shared memory is read before it is written",
     ),
+    "a barrier removed before the next round": (
+        "kmeans.cu",
+        "    __syncthreads();  // before the next round reads weights and writes picks\n",
+        "",
+        "a race (a read of what another thread has written",
+    ),
     "a barrier removed between zeroing and counting": (
         "region_pool.cu",
         "pixels[i] = 0;\n  __syncthreads();",

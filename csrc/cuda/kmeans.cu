@@ -30,7 +30,7 @@
 namespace r2o {
 namespace {
 
-constexpr int kSeedThreads = 1024, kMaxTrials = 32, kAtOnce = 4;  // maximum candidates per round; candidates per pass
+constexpr int kSeedThreads = 1024, kMaxTrials = kSeedThreads / kWarp;  // candidates per round: a warp draws each
 constexpr int kWarps = kThreads / kWarp, kLaneColumns = 4, kTile = kWarp * kLaneColumns, kRowsAtOnce = 4;  // of member_sum
 
 // One K-means problem per group g of G. Each has N points and K clusters, of which min(K, valid points) are used.
@@ -89,82 +89,118 @@ __global__ void center(const T* points, Problem<T> p) {
     for (int i = stretch; i < p.N; i += stretches) p.x[(base + i) * p.D + d] = p.valid[base + i] ? points[(base + i) * p.D + d] - mean : 0;
     if (stretch == 0) p.mean[g * p.D + d] = mean;
   }
-  if (d == 0 && stretch == 0) p.used[g] = min(p.K, count);
 }
 
-// Greedy k-means++. A point's weight is its squared distance to the nearest seed, 1 before the first seed, 0 if invalid.
-// squares, distances: (G, N), scratch for |x|² and distances.
-template <typename T>
-__global__ void __launch_bounds__(kSeedThreads) seed(const double* uniforms, Problem<T> p, T* squares, T* distances, int trials) {
-  __shared__ double part[kWarp];  // total weight per warp
-  __shared__ double part_left[kMaxTrials][kWarp], left[kMaxTrials];  // total distance given each candidate
-  __shared__ int picks[kMaxTrials];
-  const int64_t g = blockIdx.x, n = p.N;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, stretch = (n + kSeedThreads - 1) / kSeedThreads;
-  const int64_t begin = min(n, static_cast<int64_t>(threadIdx.x) * stretch), end = min(n, begin + stretch);
-  const T* gram = p.gram + g * n * n;
-  const bool* valid = p.valid + g * n;
-  T *square = squares + g * n, *distance = distances + g * n;
-  const auto weight = [&](int64_t i, int k) { return valid[i] ? (k ? static_cast<double>(distance[i]) : 1.0) : 0.0; };
-  const auto closest = [&](int64_t i, int64_t pick) {  // distance from point i to the nearest of the seeds and pick
-    return fmin(distance[i], fmax(square[i] - 2 * (gram[pick * n + i] - square[pick] / 2), static_cast<T>(0)));
-  };
-  for (int64_t i = begin; i < end; ++i) square[i] = gram[i * n + i], distance[i] = std::numeric_limits<T>::infinity();
-  int first = 0;
-  for (int k = 0; k < p.used[g]; ++k) {
-    double sum = 0;
-    for (int64_t i = begin; i < end; ++i) sum += weight(i, k);
-    double running = sum;  // inclusive scan over lanes
-    for (int offset = 1; offset < kWarp; offset *= 2) {
-      const double other = __shfl_up_sync(kAllLanes, running, offset);
-      if (lane >= offset) running += other;
-    }
-    if (lane == kWarp - 1) part[warp] = running;
-    if (threadIdx.x < trials) picks[threadIdx.x] = first;  // kept if the total weight is 0
-    __syncthreads();
-    double total = 0, before = 0;
-    for (int w = 0; w < kSeedThreads / kWarp; ++w) {
-      if (w == warp) before = total;
-      total += part[w];
-    }
-    for (int t = 0; t < trials; ++t) {  // the first point whose cumulative weight exceeds u * total
-      const double target = fmin(uniforms[(g * p.K + k) * trials + t] * total, nextafter(total, 0.0));
-      if (target < before || target >= before + part[warp]) continue;  // in another warp
-      const unsigned some = __ballot_sync(kAllLanes, sum > 0), past = __ballot_sync(kAllLanes, sum > 0 && before + running > target);
-      if (lane != (past ? __ffs(past) - 1 : kWarp - 1 - __clz(some))) continue;
-      double passed = before + (running - sum);
-      for (int64_t i = begin; i < end; ++i)
-        if (weight(i, k) > 0) {
-          picks[t] = i;
-          passed += weight(i, k);
-          if (passed > target) break;
-        }
-    }
-    __syncthreads();
-    for (int t = 0; t < trials; t += kAtOnce) {
-      double sums[kAtOnce] = {};
-      for (int64_t i = threadIdx.x; i < n; i += kSeedThreads)
-        for (int u = 0; u < kAtOnce; ++u)
-          if (valid[i] && t + u < trials) sums[u] += closest(i, picks[t + u]);
-      for (int u = 0; u < kAtOnce && t + u < trials; ++u) {
-        const double total_left = warp_sum(sums[u]);
-        if (lane == 0) part_left[t + u][warp] = total_left;
+// Sums each of n values over a warp, n a power of two; lane l receives the sum of value l / (32 / n). Lanes trade half of
+// their values until each has one: n + 3 shuffles for n = 8, instead of 40.
+template <int n, typename T>
+__device__ T warp_sums(T (&value)[n]) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int half = n / 2, offset = kWarp / 2; offset > 0; half /= 2, offset /= 2)
+    if (half > 0) {
+      for (int v = 0; v < half; ++v) {
+        const bool upper = lane & offset;
+        const T other = __shfl_xor_sync(kAllLanes, upper ? value[v] : value[v + half], offset);
+        value[v] = (upper ? value[v + half] : value[v]) + other;
       }
+    } else {
+      value[0] += __shfl_xor_sync(kAllLanes, value[0], offset);
+    }
+  return value[0];
+}
+
+// Inclusive sums over the lanes before, and this one.
+template <typename V>
+__device__ V warp_scan(V v) {
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const V other = __shfl_up_sync(kAllLanes, v, offset);
+    if (static_cast<int>(threadIdx.x % kWarp) >= offset) v += other;
+  }
+  return v;
+}
+
+// Greedy k-means++. Each warp has U x 32 points in a row. A point's weight is its squared distance to the nearest seed, 1
+// before the first seed, 0 if invalid. Sums are of type T within a warp and double over the warps.
+template <typename T, int U>
+__global__ void __launch_bounds__(kSeedThreads) seed(const double* uniforms, Problem<T> p, int trials) {
+  constexpr int kAtOnce = 32 / U / (sizeof(T) / 4);  // candidates whose rows are read at once
+  extern __shared__ __align__(16) char shared[];
+  __shared__ double left[kMaxTrials][kWarp];  // total weight of each warp's points, given each candidate
+  __shared__ double totals[kMaxTrials];
+  __shared__ int picks[kMaxTrials];
+  const int n = p.N, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, base = warp * U * kWarp + lane;
+  const int64_t g = blockIdx.x;
+  const T* gram = p.gram + g * n * n;
+  T *weight = reinterpret_cast<T*>(shared), *square = weight + n;  // both (N)
+  int count = 0;
+  for (int u = 0; u < U; ++u)
+    if (const int i = base + u * kWarp; i < n) {
+      const bool valid = p.valid[g * n + i];
+      weight[i] = valid, square[i] = gram[static_cast<int64_t>(i) * (n + 1)];
+      count += valid;
+    }
+  const int own = warp_sum(count), used = min(p.K, block_sum(count));
+  if (lane == 0) left[0][warp] = own;
+  if (threadIdx.x == 0) p.used[g] = used;
+  __syncthreads();
+  int best = 0, first = 0;
+  for (int k = 0; k < used; ++k) {
+    if (warp < trials) {  // draws the first point whose cumulative weight exceeds u * total
+      const double mass = left[best][lane], running = warp_scan(mass), total = __shfl_sync(kAllLanes, running, kWarp - 1);
+      const double target = fmin(uniforms[(g * p.K + k) * trials + warp] * total, nextafter(total, 0.0));
+      int pick = first;  // if the total weight is 0
+      if (total > 0) {
+        const int owner = __ffs(__ballot_sync(kAllLanes, running > target)) - 1;
+        double passed = __shfl_sync(kAllLanes, running - mass, owner);
+        unsigned past = 0;
+        for (int start = owner * U * kWarp; start < min(n, (owner + 1) * U * kWarp) && !past; start += kWarp) {
+          const T own = start + lane < n ? weight[start + lane] : 0, sum = warp_scan(own);
+          const unsigned some = __ballot_sync(kAllLanes, own > 0);
+          past = __ballot_sync(kAllLanes, own > 0 && passed + sum > target);
+          if (some) pick = start + (past ? __ffs(past) - 1 : kWarp - 1 - __clz(some));
+          passed += __shfl_sync(kAllLanes, sum, kWarp - 1);
+        }
+      }
+      if (lane == 0) picks[warp] = pick;
+    }
+    __syncthreads();
+    // A point's weight if the candidate with this row of gram becomes a seed
+    const auto closest = [&](int i, T product, T half) {
+      const T nearest = k ? weight[i] : weight[i] > 0 ? std::numeric_limits<T>::infinity() : T(0);
+      return min(nearest, max(square[i] - 2 * (product - half), T(0)));
+    };
+    for (int t = 0; t < trials; t += kAtOnce) {
+      T product[kAtOnce][U], sums[kAtOnce] = {};
+      for (int v = 0; v < kAtOnce; ++v) {  // all loads before the first use
+        const T* row = gram + static_cast<int64_t>(picks[min(t + v, trials - 1)]) * n;
+        for (int u = 0; u < U; ++u) product[v][u] = t + v < trials && base + u * kWarp < n ? row[base + u * kWarp] : 0;
+      }
+      for (int v = 0; v < kAtOnce; ++v) {
+        const T half = square[picks[min(t + v, trials - 1)]] / 2;
+        for (int u = 0; u < U; ++u)
+          if (base + u * kWarp < n) sums[v] += closest(base + u * kWarp, product[v][u], half);
+      }
+      const T sum = warp_sums(sums);
+      constexpr int kLanes = kWarp / kAtOnce;
+      if (lane % kLanes == 0 && t + lane / kLanes < trials) left[t + lane / kLanes][warp] = sum;
     }
     __syncthreads();
     if (warp < trials) {
-      const double total_left = warp_sum(part_left[warp][lane]);
-      if (lane == 0) left[warp] = total_left;
+      const double total = warp_sum(left[warp][lane]);
+      if (lane == 0) totals[warp] = total;
     }
     __syncthreads();
-    int best = 0;
+    best = 0;
     for (int t = 1; t < trials; ++t)
-      if (left[t] < left[best]) best = t;
-    const int64_t pick = picks[best];
+      if (totals[t] < totals[best]) best = t;
+    const int pick = picks[best];
+    const T* row = gram + static_cast<int64_t>(pick) * n;
+    for (int u = 0; u < U; ++u)
+      if (const int i = base + u * kWarp; i < n) weight[i] = closest(i, row[i], square[pick] / 2);
     if (k == 0) first = pick;
-    for (int64_t i = threadIdx.x; i < n; i += kSeedThreads) distance[i] = closest(i, pick);
     if (threadIdx.x == 0) p.seeds[g * p.K + k] = pick;
-    __syncthreads();  // before the next round uses them
+    __syncthreads();  // before the next round reads weights and writes picks
   }
 }
 
@@ -305,7 +341,7 @@ std::tuple<Tensor, Tensor> kmeans_cuda(const Tensor& points, const Tensor& valid
   const int64_t words = (N + kWarp - 1) / kWarp, tiles = (N + kTile - 1) / kTile;
   Tensor dot = at::empty({G, K, N}, options), half = at::empty({G, K, tiles}, options);
   Tensor members = at::empty({G, K, words}, integers), seeds = at::empty({G, K}, integers), used = at::empty({G}, integers);
-  Tensor square = at::empty({G, N}, options), distance = at::empty({G, N}, options), changed = at::zeros({max_iters + 1, G, K + 1}, flags);
+  Tensor changed = at::zeros({max_iters + 1, G, K + 1}, flags);
   AT_DISPATCH_FLOATING_TYPES(points.scalar_type(), "kmeans", [&] {
     using T = scalar_t;
     Problem<T> p{};
@@ -321,7 +357,9 @@ std::tuple<Tensor, Tensor> kmeans_cuda(const Tensor& points, const Tensor& valid
     const c10::impl::ExcludeDispatchKeyGuard full(c10::autocast_dispatch_keyset);
     const Tensor gram = at::bmm(x, x.transpose(1, 2));  // (G, N, N)
     p.gram = gram.const_data_ptr<T>();
-    seed<T><<<G, kSeedThreads, 0, stream>>>(u.const_data_ptr<double>(), p, square.mutable_data_ptr<T>(), distance.mutable_data_ptr<T>(), trials);
+    const auto seeding = N <= 4 * kSeedThreads ? seed<T, 4> : seed<T, 8>;
+    allow_shared(reinterpret_cast<const void*>(seeding), 2 * N * sizeof(T));
+    seeding<<<G, kSeedThreads, 2 * N * sizeof(T), stream>>>(u.const_data_ptr<double>(), p, trials);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     const size_t shared = std::min(K, N) * sizeof(T);
     allow_shared(reinterpret_cast<const void*>(assign<T>), shared);
