@@ -2,7 +2,8 @@
 //
 // K-means needs only the dot products of its points. One matrix product computes all of them (gram, N x N). For the mean
 // mu of a cluster's members x_j, x·mu is the mean of x·x_j, and |mu|² is the mean of the members' own x·mu:
-//   center    one block per group and 32 columns: x minus the mean of the valid points, 0 for invalid points
+//   sums      one block per 64 points and 256 columns: their sums
+//   center    the same blocks: x minus the mean of the valid points, 0 for invalid points
 //   (bmm)     gram = x xᵀ
 //   seed      one block per group, all K rounds: draws T candidates, reads their T rows of gram, keeps the best
 //   then, per iteration
@@ -31,6 +32,7 @@ namespace r2o {
 namespace {
 
 constexpr int kSeedThreads = 1024, kMaxTrials = kSeedThreads / kWarp;  // candidates per round: a warp draws each
+constexpr int kRows = 64;  // points of a block of sums and center
 constexpr int kWarps = kThreads / kWarp, kLaneColumns = 4, kTile = kWarp * kLaneColumns, kRowsAtOnce = 4;  // of member_sum
 
 // One K-means problem per group g of G. Each has N points and K clusters, of which min(K, valid points) are used.
@@ -38,7 +40,7 @@ template <typename T>
 struct Problem {
   int N, D, K, words, tiles;  // words: of 32 points; tiles: of kTile points
   const bool* valid;          // (G, N)
-  T *x, *mean;                // (G, N, D), (G, D)
+  T* sums;                    // (G, stretches of kRows points, D): of valid points
   const T* gram;              // (G, N, N)
   int *seeds, *used;          // (G, K), (G): clusters in use
   unsigned* members;          // (G, K, words): a bit for each point that is averaged into the center
@@ -64,30 +66,43 @@ __device__ V block_sum(V v) {
   return warp_sum(lane < static_cast<int>(blockDim.x) / kWarp ? part[lane] : V(0));
 }
 
-// Each block handles 32 columns, one per lane. Its 8 warps stride over the points.
+// The block's place in a grid of (groups, stretches of kRows points, stretches of kThreads columns), a column per thread.
+struct Place {
+  int stretches, stretch, first, last, d;  // the points first … last - 1, the column
+  int64_t g;
+  __device__ Place(int N, int D) {
+    const int tiles = (D + kThreads - 1) / kThreads, rest = blockIdx.x / tiles;
+    stretches = (N + kRows - 1) / kRows, stretch = rest % stretches, g = rest / stretches;
+    first = stretch * kRows, last = min(N, first + kRows), d = blockIdx.x % tiles * kThreads + threadIdx.x;
+  }
+};
+
 template <typename T>
-__global__ void center(const T* points, Problem<T> p) {
-  __shared__ T sums[kThreads];
-  __shared__ int counts[kThreads];
-  const int blocks = (p.D + kWarp - 1) / kWarp;  // of a group
-  const int64_t g = blockIdx.x / blocks, base = g * p.N;
-  const int lane = threadIdx.x % kWarp, stretch = threadIdx.x / kWarp, stretches = kThreads / kWarp, d = blockIdx.x % blocks * kWarp + lane;
+__global__ void sums(const T* points, Problem<T> p) {
+  const Place at(p.N, p.D);
   T sum = 0;
+#pragma unroll 8
+  for (int i = at.first; i < at.last; ++i)
+    if (at.d < p.D && p.valid[at.g * p.N + i]) sum += points[(at.g * p.N + i) * p.D + at.d];
+  if (at.d < p.D) p.sums[(at.g * at.stretches + at.stretch) * p.D + at.d] = sum;
+}
+
+// x: (G, N, D)
+template <typename T>
+__global__ void center(const T* points, Problem<T> p, T* x) {
+  const Place at(p.N, p.D);
   int count = 0;
-  for (int i = stretch; i < p.N; i += stretches)
-    if (p.valid[base + i]) {
-      if (d < p.D) sum += points[(base + i) * p.D + d];
-      ++count;
-    }
-  sums[threadIdx.x] = sum;
-  counts[threadIdx.x] = count;
-  __syncthreads();
-  sum = 0, count = 0;
-  for (int s = 0; s < stretches; ++s) sum += sums[s * kWarp + lane], count += counts[s * kWarp + lane];
-  const T mean = count ? sum / count : 0;
-  if (d < p.D) {
-    for (int i = stretch; i < p.N; i += stretches) p.x[(base + i) * p.D + d] = p.valid[base + i] ? points[(base + i) * p.D + d] - mean : 0;
-    if (stretch == 0) p.mean[g * p.D + d] = mean;
+  for (int i = threadIdx.x; i < p.N; i += kThreads) count += p.valid[at.g * p.N + i];
+  count = block_sum(count);
+  if (at.d >= p.D) return;
+  T mean = 0;
+#pragma unroll 8
+  for (int s = 0; s < at.stretches; ++s) mean += p.sums[(at.g * at.stretches + s) * p.D + at.d];
+  mean /= max(count, 1);
+#pragma unroll 8
+  for (int i = at.first; i < at.last; ++i) {
+    const int64_t place = (at.g * p.N + i) * p.D + at.d;
+    x[place] = p.valid[at.g * p.N + i] ? points[place] - mean : 0;
   }
 }
 
@@ -337,7 +352,8 @@ std::tuple<Tensor, Tensor> kmeans_cuda(const Tensor& points, const Tensor& valid
     if (g + some == G) return {out, label};
   }
   const Tensor in = points.contiguous(), ok = valid.contiguous(), u = uniforms.contiguous();
-  Tensor x = at::empty({G, N, D}, options), mean = at::empty({G, D}, options);
+  const int64_t stretches = (N + kRows - 1) / kRows, blocks = G * stretches * ((D + kThreads - 1) / kThreads);
+  Tensor x = at::empty({G, N, D}, options), sum = at::empty({G, stretches, D}, options);
   const int64_t words = (N + kWarp - 1) / kWarp, tiles = (N + kTile - 1) / kTile;
   Tensor dot = at::empty({G, K, N}, options), half = at::empty({G, K, tiles}, options);
   Tensor members = at::empty({G, K, words}, integers), seeds = at::empty({G, K}, integers), used = at::empty({G}, integers);
@@ -347,11 +363,13 @@ std::tuple<Tensor, Tensor> kmeans_cuda(const Tensor& points, const Tensor& valid
     Problem<T> p{};
     p.N = N, p.D = D, p.K = K, p.words = words, p.tiles = tiles;
     p.valid = ok.const_data_ptr<bool>(), p.label = label.mutable_data_ptr<int64_t>();
-    p.x = x.mutable_data_ptr<T>(), p.mean = mean.mutable_data_ptr<T>();
+    p.sums = sum.mutable_data_ptr<T>();
     p.dots = dot.mutable_data_ptr<T>(), p.halves = half.mutable_data_ptr<T>();
     p.members = reinterpret_cast<unsigned*>(members.mutable_data_ptr<int>());
     p.seeds = seeds.mutable_data_ptr<int>(), p.used = used.mutable_data_ptr<int>();
-    center<T><<<(D + kWarp - 1) / kWarp * G, kThreads, 0, stream>>>(in.const_data_ptr<T>(), p);
+    sums<T><<<blocks, kThreads, 0, stream>>>(in.const_data_ptr<T>(), p);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    center<T><<<blocks, kThreads, 0, stream>>>(in.const_data_ptr<T>(), p, x.mutable_data_ptr<T>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     const at::NoTF32Guard exact;  // and no autocast: in T, whatever the caller allows other products
     const c10::impl::ExcludeDispatchKeyGuard full(c10::autocast_dispatch_keyset);
