@@ -123,6 +123,24 @@ def test_kmeans_at_training_size_has_the_reference_s_inertia(device):
     torch.testing.assert_close(*inertia, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1, 1e6])
+@on_devices
+def test_products_of_two_halves_are_exact_to_a_millionth(device, scale):
+    """What csrc/cuda/kmeans.cu makes of float32 points; on a CPU the representation alone, multiplied in float64."""
+    x = torch.nn.functional.normalize(torch.randn(1, 500, 1024, generator=rng(0)).to(device) + 1, dim=-1) * scale
+    x = x - x.mean(1, keepdim=True)
+    scaled = x * 2.0 ** (15 - math.frexp(2 * x.abs().max().item())[1])  # as large as float16 allows
+    high = scaled.half()
+    low = (scaled - high.float()).half()
+    if device == "cpu":
+        got = high.double() @ high.double().mT + high.double() @ low.double().mT + low.double() @ high.double().mT
+    else:
+        got = sum(torch.bmm(a, b.mT, out_dtype=torch.float32) for a, b in ((high, high), (high, low), (low, high)))
+    length = scaled.double().norm(dim=-1)
+    error = (got - scaled.double() @ scaled.double().mT).abs() / (length[:, :, None] * length[:, None])
+    assert error.max() < 2**-20
+
+
 CAPABILITIES = ["default", "avx2", "avx512"]
 HERE = torch.backends.cpu.get_cpu_capability().lower()  # PyTorch would take more, but the processor has no more
 

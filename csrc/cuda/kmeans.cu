@@ -2,9 +2,9 @@
 //
 // K-means needs only the dot products of its points. One matrix product computes all of them (gram, N x N). For the mean
 // mu of a cluster's members x_j, x·mu is the mean of x·x_j, and |mu|² is the mean of the members' own x·mu:
-//   sums      one block per 64 points and 256 columns: their sums
+//   sums      one block per 64 points and 256 columns: their sums, and the largest magnitude
 //   center    the same blocks: x minus the mean of the valid points, 0 for invalid points
-//   (bmm)     gram = x xᵀ
+//   (bmm)     gram = x xᵀ; for float32 on tensor cores: x = high + low, both float16, without low·low
 //   seed      one block per group, all K rounds: draws T candidates, reads their T rows of gram, keeps the best
 //   then, per iteration
 //   dots      one block per cluster and 128 points, if the cluster gained or lost a point: x·mu, from the members' rows
@@ -13,16 +13,21 @@
 //   means     one block per cluster and 128 columns: the mean of its members
 // Initially, each cluster's only member is its seed. Once no point changes cluster, all blocks return immediately.
 // The host launches a fixed sequence of kernels and reads nothing back. All sums have a fixed order.
-// Floor: 2 N² D operations for gram, then N² floats per iteration, from L2 if they fit (N = 3200: 41 MB).
+// float32 points are scaled to fit float16, by a power of two, which no step undoes: K-means depends on ratios only.
+// Floor: 2 N² D operations for gram (6 in float16), then N² floats per iteration, from L2 if they fit (N = 3200: 41 MB).
 #include <ATen/Context.h>
 #include <ATen/Dispatch.h>
+#include <ATen/ops/baddbmm.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
+#include <c10/util/Half.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "../common.h"
@@ -32,6 +37,15 @@ namespace r2o {
 namespace {
 
 constexpr int kSeedThreads = 1024, kMaxTrials = kSeedThreads / kWarp;  // candidates per round: a warp draws each
+// Products of float16 with float32 results exist since PyTorch 2.8; before, float32 points stay float32.
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 8
+template <typename T>
+constexpr bool kSplit = std::is_same_v<T, float>;
+#else
+template <typename T>
+constexpr bool kSplit = false;
+#endif
+
 constexpr int kRows = 64;  // points of a block of sums and center
 constexpr int kWarps = kThreads / kWarp, kLaneColumns = 4, kTile = kWarp * kLaneColumns, kRowsAtOnce = 4;  // of member_sum
 
@@ -41,6 +55,7 @@ struct Problem {
   int N, D, K, words, tiles;  // words: of 32 points; tiles: of kTile points
   const bool* valid;          // (G, N)
   T* sums;                    // (G, stretches of kRows points, D): of valid points
+  int* most;                  // (G): the bits of the largest magnitude of valid points, a float
   const T* gram;              // (G, N, N)
   int *seeds, *used;          // (G, K), (G): clusters in use
   unsigned* members;          // (G, K, words): a bit for each point that is averaged into the center
@@ -81,15 +96,24 @@ template <typename T>
 __global__ void sums(const T* points, Problem<T> p) {
   const Place at(p.N, p.D);
   T sum = 0;
+  float most = 0;
 #pragma unroll 8
   for (int i = at.first; i < at.last; ++i)
-    if (at.d < p.D && p.valid[at.g * p.N + i]) sum += points[(at.g * p.N + i) * p.D + at.d];
+    if (at.d < p.D && p.valid[at.g * p.N + i]) {
+      const T value = points[(at.g * p.N + i) * p.D + at.d];
+      sum += value;
+      if (kSplit<T>) most = max(most, fabsf(value));
+    }
   if (at.d < p.D) p.sums[(at.g * at.stretches + at.stretch) * p.D + at.d] = sum;
+  if constexpr (kSplit<T>) {
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) most = max(most, __shfl_xor_sync(kAllLanes, most, offset));
+    if (threadIdx.x % kWarp == 0) atomicMax(&p.most[at.g], __float_as_int(most));  // not negative: bits are in order
+  }
 }
 
-// x: (G, N, D)
-template <typename T>
-__global__ void center(const T* points, Problem<T> p, T* x) {
+// x: (G, N, D), or (2, G, N, D) halves: high, then low.
+template <typename T, typename X>
+__global__ void center(const T* points, Problem<T> p, X* x, int64_t size) {
   const Place at(p.N, p.D);
   int count = 0;
   for (int i = threadIdx.x; i < p.N; i += kThreads) count += p.valid[at.g * p.N + i];
@@ -99,10 +123,19 @@ __global__ void center(const T* points, Problem<T> p, T* x) {
 #pragma unroll 8
   for (int s = 0; s < at.stretches; ++s) mean += p.sums[(at.g * at.stretches + s) * p.D + at.d];
   mean /= max(count, 1);
+  int exponent;  // minus the mean, no magnitude exceeds twice the largest; float16 ends at 2^16
+  frexpf(2 * __int_as_float(p.most[at.g]), &exponent);
 #pragma unroll 8
   for (int i = at.first; i < at.last; ++i) {
     const int64_t place = (at.g * p.N + i) * p.D + at.d;
-    x[place] = p.valid[at.g * p.N + i] ? points[place] - mean : 0;
+    const T value = p.valid[at.g * p.N + i] ? points[place] - mean : T(0);
+    if constexpr (kSplit<T>) {
+      const float scaled = ldexpf(value, 15 - exponent);
+      x[place] = static_cast<X>(scaled);
+      x[size + place] = static_cast<X>(scaled - static_cast<float>(x[place]));
+    } else {
+      x[place] = value;
+    }
   }
 }
 
@@ -332,6 +365,21 @@ __global__ void means(const T* points, Problem<T> p, T* out) {
   if (threadIdx.x < kTile && d < p.D) out[cluster * p.D + d] = sum / size;
 }
 
+// x: (1 or 2, G, N, D) -> (G, N, N)
+Tensor products(const Tensor& x) {
+  const at::NoTF32Guard exact;  // and no autocast: in the precision of x, whatever the caller allows other products
+  const c10::impl::ExcludeDispatchKeyGuard full(c10::autocast_dispatch_keyset);
+  const Tensor high = x[0];
+  if (x.size(0) == 1) return at::bmm(high, high.transpose(1, 2));
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 8
+  const Tensor low = x[1];
+  Tensor gram = at::bmm(high, high.transpose(1, 2), at::kFloat);
+  at::baddbmm_out(gram, gram, high, low.transpose(1, 2), at::kFloat);
+  at::baddbmm_out(gram, gram, low, high.transpose(1, 2), at::kFloat);
+  return gram;
+#endif
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> kmeans_cuda(const Tensor& points, const Tensor& valid, const Tensor& uniforms, int64_t max_iters) {
@@ -353,27 +401,28 @@ std::tuple<Tensor, Tensor> kmeans_cuda(const Tensor& points, const Tensor& valid
   }
   const Tensor in = points.contiguous(), ok = valid.contiguous(), u = uniforms.contiguous();
   const int64_t stretches = (N + kRows - 1) / kRows, blocks = G * stretches * ((D + kThreads - 1) / kThreads);
-  Tensor x = at::empty({G, N, D}, options), sum = at::empty({G, stretches, D}, options);
+  Tensor sum = at::empty({G, stretches, D}, options), most = at::zeros({G}, integers);
   const int64_t words = (N + kWarp - 1) / kWarp, tiles = (N + kTile - 1) / kTile;
   Tensor dot = at::empty({G, K, N}, options), half = at::empty({G, K, tiles}, options);
   Tensor members = at::empty({G, K, words}, integers), seeds = at::empty({G, K}, integers), used = at::empty({G}, integers);
   Tensor changed = at::zeros({max_iters + 1, G, K + 1}, flags);
   AT_DISPATCH_FLOATING_TYPES(points.scalar_type(), "kmeans", [&] {
     using T = scalar_t;
+    using X = std::conditional_t<kSplit<T>, c10::Half, T>;
+    Tensor x = at::empty({kSplit<T> ? 2 : 1, G, N, D}, options.dtype(c10::CppTypeToScalarType<X>::value));
     Problem<T> p{};
     p.N = N, p.D = D, p.K = K, p.words = words, p.tiles = tiles;
     p.valid = ok.const_data_ptr<bool>(), p.label = label.mutable_data_ptr<int64_t>();
-    p.sums = sum.mutable_data_ptr<T>();
+    p.sums = sum.mutable_data_ptr<T>(), p.most = most.mutable_data_ptr<int>();
     p.dots = dot.mutable_data_ptr<T>(), p.halves = half.mutable_data_ptr<T>();
     p.members = reinterpret_cast<unsigned*>(members.mutable_data_ptr<int>());
     p.seeds = seeds.mutable_data_ptr<int>(), p.used = used.mutable_data_ptr<int>();
     sums<T><<<blocks, kThreads, 0, stream>>>(in.const_data_ptr<T>(), p);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-    center<T><<<blocks, kThreads, 0, stream>>>(in.const_data_ptr<T>(), p, x.mutable_data_ptr<T>());
+    center<T, X><<<blocks, kThreads, 0, stream>>>(in.const_data_ptr<T>(), p, x.mutable_data_ptr<X>(), G * N * D);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-    const at::NoTF32Guard exact;  // and no autocast: in T, whatever the caller allows other products
-    const c10::impl::ExcludeDispatchKeyGuard full(c10::autocast_dispatch_keyset);
-    const Tensor gram = at::bmm(x, x.transpose(1, 2));  // (G, N, N)
+    const Tensor gram = products(x);
+    x = Tensor();
     p.gram = gram.const_data_ptr<T>();
     const auto seeding = N <= 4 * kSeedThreads ? seed<T, 4> : seed<T, 8>;
     allow_shared(reinterpret_cast<const void*>(seeding), 2 * N * sizeof(T));

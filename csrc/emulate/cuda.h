@@ -76,6 +76,22 @@ __attribute__((noinline, no_sanitize("thread"))) T atomic_add(T* p, T value) {
   return old;
 }
 
+template <typename T>
+__attribute__((noinline, no_sanitize("thread"))) T atomic_max(T* p, T value) {
+  access(p, sizeof(T), Access::atomic);
+  const T old = *p;
+  *p = old < value ? value : old;
+  return old;
+}
+
+template <typename To, typename From>
+To bits_as(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  std::memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
 }  // namespace emulate
 
 #define threadIdx (emulate::thread_index())
@@ -93,6 +109,9 @@ __attribute__((noinline, no_sanitize("thread"))) T atomic_add(T* p, T value) {
 #define __ffs(x) __builtin_ffs(x)
 #define __clz(x) ((x) ? __builtin_clz(x) : 32)
 #define atomicAdd(p, value) emulate::atomic_add(p, value)
+#define atomicMax(p, value) emulate::atomic_max(p, value)
+#define __float_as_int(x) emulate::bits_as<int>(x)
+#define __int_as_float(x) emulate::bits_as<float>(x)
 
 template <typename A, typename B>
 std::common_type_t<A, B> min(A a, B b) {

@@ -4,10 +4,13 @@
 // sources are compiled with -fsanitize=thread, which makes g++ call __tsan_read4(p) before every load of 4 bytes, and so
 // on; these functions are defined here, so each access passes through access().
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/baddbmm.h>
+#include <ATen/ops/bmm.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/util/Exception.h>
 #include <dlfcn.h>
 #include <setjmp.h>
+#include <torch/library.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -366,6 +369,17 @@ struct Allocator final : at::Allocator {
   at::DeleterFnPtr raw_deleter() const override { return &free; }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 };
+
+// Products of float16 with float32 results, which PyTorch has for CUDA only.
+at::Tensor bmm_to(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) { return at::bmm(a.to(type), b.to(type)); }
+at::Tensor& baddbmm_to(const at::Tensor& self, const at::Tensor& a, const at::Tensor& b, at::ScalarType type, const at::Scalar& beta,
+                       const at::Scalar& alpha, at::Tensor& out) {
+  return at::baddbmm_out(out, self, a.to(type), b.to(type), beta, alpha);
+}
+TORCH_LIBRARY_IMPL(aten, CPU, m) {
+  m.impl("bmm.dtype", &bmm_to);
+  m.impl("baddbmm.dtype_out", &baddbmm_to);
+}
 
 static Allocator allocator;
 static const bool installed = (c10::SetCPUAllocator(&allocator, 255), true);
