@@ -320,12 +320,16 @@ class R2O(nn.Module):
         return self.target["encoder"]
 
     @torch.no_grad()
-    def predict_masks(self, encoder, images, regions, num_clusters, uniforms, ranks_per_group: int = 1) -> Tensor:
+    def predict_masks(
+        self, encoder, images, regions, num_clusters, uniforms, ranks_per_group=1, num_regions=None
+    ) -> Tensor:
         """predict_masks() of the encoder's C4, with this model's settings. images: (B, 3, S, S) normalized."""
         if self.masks == "prior":
             return regions.long()
         c4 = self.encode_c4(encoder, images)  # (B, C, H, W)
-        settings = self.num_regions, self.assign, self.kmeans_iters
+        if num_regions is None or ranks_per_group > 1:  # ranks that share a group need the same number
+            num_regions = self.num_regions
+        settings = num_regions, self.assign, self.kmeans_iters
         return predict_masks(c4, regions, num_clusters, uniforms, *settings, ranks_per_group)
 
     def forward(
@@ -337,13 +341,15 @@ class R2O(nn.Module):
         flips: Tensor,
         num_clusters: int,
         generator=None,
+        num_regions: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one step, Eq. (5), and statistics to watch.
 
         images: (B, 3, S, S) and views: (2B, 3, S, S), the first views then the second, normalized. regions: (B, h, w).
         boxes: (B, 2, 4). flips: (B, 2). generator: a CPU torch.Generator; in the same state on all ranks it makes
         K-means independent of their number, and micro-batches that share it cluster exactly as the full batch would,
-        where kmeans_group divides their images.
+        where kmeans_group divides their images. num_regions: ids of this batch are below it (default: the model's);
+        on a GPU K-means takes time and memory that grow with its square.
         Returns the loss, whose average over ranks (DDP's) is the mean over all pairs, and scalars to watch.
         """
         B, K = len(images), self.num_regions if self.masks == "prior" else num_clusters
@@ -354,7 +360,7 @@ class R2O(nn.Module):
         # with SyncBatchNorm, where the host waits in each layer, only K-means overlaps.
         side = SideStream(images.device, self.overlap)
         with side:
-            m = self.predict_masks(self.mask_encoder, images, regions, K, uniforms, ranks_per_group)
+            m = self.predict_masks(self.mask_encoder, images, regions, K, uniforms, ranks_per_group, num_regions)
 
         losses, pairs, z = self.represent(views, m, boxes, flips, K, side, generator)
         loss, total = mean_over_pairs(losses, pairs)

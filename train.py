@@ -214,7 +214,8 @@ def forward_backward(ddp: nn.Module, batches, accum: int, k: int, seed: int) -> 
         last = part == accum - 1 or not isinstance(ddp, DistributedDataParallel)
         with contextlib.nullcontext() if last else ddp.no_sync():
             with autocast(images.device):
-                loss, stats = ddp(images, views, batch["regions"], batch["boxes"], batch["flips"], k, generator)
+                inputs = images, views, batch["regions"], batch["boxes"], batch["flips"]
+                loss, stats = ddp(*inputs, k, generator, int(batch["num_regions"].max()))
             pairs = stats.pop("total")  # of all ranks
             (loss * pairs).backward()  # the sum over pairs; divided by their number after the last micro-batch
         total = total + pairs

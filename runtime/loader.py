@@ -21,7 +21,7 @@ class ImageRegions(Dataset):
 
     maps, header: of region_maps(); images that were unreadable then are left out. size: side of a view. policy: of
     draw_views(). spanning: the image and its boxes are cropped to both views, as Odin wants. A sample is a dict: image
-    (S, S, 3) uint8, regions (h, w), draw_views()'s entries, and unreadable: whether another replaces it.
+    (S, S, 3) uint8, regions (h, w), num_regions, draw_views()'s entries, and unreadable: whether another replaces it.
     """
 
     def __init__(self, images: ImageList, maps, header: dict, size=224, seed=0, policy="byol", spanning=False):
@@ -58,9 +58,11 @@ class ImageRegions(Dataset):
         views = r2o.draw_views(image, self.size, rng, self.policy)
         if self.spanning:
             image, views["boxes"] = spanning_crop(image, views["boxes"])
+        regions = np.array(self.maps[i])
         return {
             "image": r2o.resize(image, self.size).permute(1, 2, 0),
-            "regions": torch.from_numpy(np.array(self.maps[i])),
+            "regions": torch.from_numpy(regions),
+            "num_regions": torch.tensor(int(regions.max()) + 1),
             "unreadable": torch.tensor(later > 0),
             **views,
         }
@@ -92,8 +94,11 @@ def load_batches(data: Dataset, batches, workers: int, device: torch.device, col
     return DataLoader(data, batch_sampler=batches, pin_memory=device.type == "cuda", **settings)
 
 
+ON_HOST = ("factors", "num_regions")
+
+
 def copy_ahead(batches, device: torch.device):
-    """Batches moved to `device`, except for their factors. On a GPU each is copied while the previous one is used."""
+    """Batches moved to `device`, except what the host reads. On a GPU each is copied while the previous one is used."""
     if device.type == "cpu":
         yield from batches
         return
@@ -102,7 +107,7 @@ def copy_ahead(batches, device: torch.device):
         coming = None
         if batch is not None:
             with torch.cuda.stream(stream):
-                moved = {n: x if n == "factors" else x.to(device, non_blocking=True) for n, x in batch.items()}
+                moved = {n: x if n in ON_HOST else x.to(device, non_blocking=True) for n, x in batch.items()}
                 coming = moved, stream.record_event()
         if ahead is not None:
             current = torch.cuda.current_stream(device)

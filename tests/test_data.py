@@ -129,6 +129,7 @@ def test_a_sample_is_what_its_boxes_and_flips_say(data):
         "flips": (torch.bool, (2,)),
         "factors": (torch.float32, (2, 11)),
         "unreadable": (torch.bool, ()),
+        "num_regions": (torch.int64, ()),
     }
 
 
@@ -211,6 +212,7 @@ def test_a_one_pixel_image_makes_a_sample(tmp_path):
     maps, header = region_maps(images, tmp_path / "regions.npy", size=16)
     sample = ImageRegions(images, maps, header, size=64)[0, 1]
     assert (sample["views"][0] == torch.tensor([1, 2, 3])).all()
+    assert sample["num_regions"] == sample["regions"].max() + 1
 
 
 def test_the_two_views_get_their_own_colors(data):

@@ -169,7 +169,7 @@ def test_ranks_take_their_own_share_of_the_uniforms(monkeypatch):
     """With the same seed on all ranks, two processes of 2 images draw the masks that one process of 4 draws."""
     seen = []
     monkeypatch.setattr(
-        r2o.R2O, "predict_masks", lambda self, e, x, r, k, u, _: seen.append(u) or torch.zeros(len(x), 16, 16).long()
+        r2o.R2O, "predict_masks", lambda self, e, x, r, k, u, *_: seen.append(u) or torch.zeros(len(x), 16, 16).long()
     )
     monkeypatch.setattr(r2o.dist, "all_reduce", lambda t: None)
     images, views, regions, boxes, flips = batch(4)
@@ -307,3 +307,14 @@ def test_constants_are_made_once_for_a_device(monkeypatch):
     monkeypatch.setattr(torch, "tensor", None)
     monkeypatch.setattr(torch.Tensor, "new_tensor", None)
     use()
+
+
+def test_the_regions_of_the_batch_are_clustered_alone_and_to_the_same_bits(monkeypatch):
+    """K-means holds N² products on a GPU: a batch with fewer regions than the data set's maximum pays for its own."""
+    seen, losses, pool = [], [], r2o.region_pool
+    monkeypatch.setattr(r2o, "region_pool", lambda x, ids, n: seen.append(n) or pool(x, ids, n))
+    for count in (None, 20):
+        net = model()
+        net.num_regions = 60
+        losses.append(net(*batch(), 5, rng(), count)[0])
+    assert seen == [60, 20] and torch.equal(*losses)
