@@ -1,8 +1,10 @@
 # Each target works on a fresh machine with python3, g++ and make; a GPU and a CUDA toolkit are used where they are.
 #   make demo    pretrain a small encoder on generated scenes, evaluate it, draw a film strip (5 minutes on 2 cores)
-#   make test    lint, build, run the tests (8 minutes on 2 cores)
+#   make test    lint, build, run the tests (10 minutes on 2 cores)
 #   make bench   time every op, the mask step and the train step beside other ways to do them: 30 minutes on 2 cores
 #                DEVICE=cuda: on a GPU; BENCH="--images photos --authors DIR": flags of bench/bench.py
+#   make gpu     all that needs a GPU, in five stages of at most 9 minutes; needs PyTorch there, and no network
+#                STAGE=3: one stage; GPU="--authors DIR --data DIR --photos DIR": flags of bench/gpu.py
 #   make emulate    run the CUDA kernels on a CPU, and check every access they make: 2 minutes on 2 cores; part of make test
 #   make sanitize   the tests of the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make lint    ruff only
@@ -11,7 +13,7 @@ TORCH ?= torch==2.11.0 torchvision==0.26.0
 PY = .venv/bin/python
 DEVICE ?= cpu
 
-.PHONY: demo test bench emulate sanitize lint clean always
+.PHONY: demo test bench gpu emulate sanitize lint clean always
 .DELETE_ON_ERROR:
 
 demo: build/done
@@ -26,6 +28,9 @@ bench: build/done .venv/peers-$(DEVICE)
 .venv/peers-$(DEVICE): .venv/done
 	$(PY) -m pip install -q scikit-learn faiss-cpu fast-pytorch-kmeans psutil opencv-python-headless $(if $(filter cuda,$(DEVICE)),flash-kmeans)
 	touch $@
+
+gpu:
+	$(or $(wildcard $(PY)),$(PYTHON)) bench/gpu.py $(if $(STAGE),--stage $(STAGE)) $(GPU)
 
 emulate: build/done
 	$(PY) -m pytest -n 2 tests/test_emulate.py

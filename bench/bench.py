@@ -554,7 +554,7 @@ def mask_step(bench: Bench, data, theirs):
         bench.race(f"mask_pool and its gradient, B = {B}, K = {K}, {len(pairs)} rows", contestants, moved)
 
 
-def train_step(bench: Bench, data, K: int):
+def train_step(bench: Bench, data, K: int, compiled: bool = False):
     """ResNet-50, two views, loss, gradients, LARS, moving average; with masks predicted, and with masks given."""
     torch.manual_seed(0)
     model = r2o.R2O("resnet50", data.R, GROUP).to(bench.device, memory_format=torch.channels_last)
@@ -569,9 +569,12 @@ def train_step(bench: Bench, data, K: int):
         r2o.encode_c4(encoder, images)
         return given
 
-    def step(predict_masks, overlap):
+    plain = model.encode_c4, model.encode
+
+    def step(predict_masks, overlap, encoders=plain):
         def run():
             model.predict_masks, model.overlap = predict_masks, overlap
+            model.encode_c4, model.encode = encoders
             with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.device.type == "cuda"):
                 loss, _ = model(data.images, views, data.regions, data.boxes, data.flips, K)
             optimizer.zero_grad()
@@ -585,6 +588,8 @@ def train_step(bench: Bench, data, K: int):
     if bench.device.type == "cuda":  # a CPU's spread is larger than these differences
         contestants["masks predicted, one stream"] = step(predict, False)
         contestants["C4 forward, masks given"] = step(only_c4, False)
+    if compiled:
+        contestants["masks predicted, torch.compile"] = step(predict, True, tuple(map(torch.compile, plain)))
     contestants["masks given"] = step(lambda *_: given, False)
     bench.race(f"train step, ResNet-50, B = {data.B}, K = {K}", contestants, flop=71.5e9 * data.B, amp=True)
 

@@ -1,4 +1,7 @@
-"""Run by test_emulate.py with the emulated r2o_C: every CUDA op beside its reference, in several orders of threads."""
+"""Every CUDA op beside its reference: `emulated.py ORDERS DEVICE [OP …]`.
+
+test_emulate.py runs it with the emulated r2o_C on the CPU, in several orders of threads; bench/gpu.py on a GPU, under
+compute-sanitizer. There the cases are the same, and each op runs ORDERS times, which must give the same bits."""
 
 import ctypes
 import sys
@@ -10,7 +13,6 @@ import r2o
 import r2o_ops
 
 ops = torch.ops.r2o
-set_order = ctypes.CDLL(r2o_ops.r2o_C.__file__).r2o_emulate_order
 half, single, double = torch.float16, torch.float32, torch.float64
 torch.set_num_threads(1)
 
@@ -21,7 +23,7 @@ def backward(features, weights, pairs):
     def both(f):
         x = features.detach().clone().requires_grad_()
         h = f(x, weights, pairs)
-        h.backward(ragged(h.shape, h.dtype, "cpu", 1))
+        h.backward(ragged(h.shape, h.dtype, h.device, 1))
         return h.detach(), x.grad
 
     return both
@@ -29,11 +31,11 @@ def backward(features, weights, pairs):
 
 def autocast(op, *args):
     """In a region whose products are of half precision, which must not matter."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(args[0].device.type, torch.bfloat16):
         return op(*args)
 
 
-def cases():
+def cases(device: str):
     """(name, the op, its reference): ragged and empty shapes, sizes about those of warps and blocks, all dtypes."""
     for i, (B, C, H, W, scale, R, ids, dtype) in enumerate(
         [
@@ -45,7 +47,7 @@ def cases():
             (1, 2, 32, 48, 1, 3, torch.uint8, single),  # 48 KB of dynamic shared memory, and a few bytes more
         ]
     ):
-        case = pool_case(B, C, H, W, scale, R, ids, dtype, "cpu", i)
+        case = pool_case(B, C, H, W, scale, R, ids, dtype, device, i)
         yield "region_pool", lambda case=case: ops.region_pool(*case), lambda case=case: r2o.region_pool_ref(*case)
     for i, (G, N, D, K, dtype, iters) in enumerate(
         [
@@ -60,10 +62,10 @@ def cases():
             (1, 4100, 2, 9, single, 0),  # eight points a thread in seeding
         ]
     ):
-        case = (*kmeans_case(G, N, D, K, dtype, "cpu", i), iters)
+        case = (*kmeans_case(G, N, D, K, dtype, device, i), iters)
         yield "kmeans", lambda case=case: autocast(ops.kmeans, *case), lambda case=case: r2o.kmeans_ref(*case)
     for i, (B, h, w, K, size) in enumerate([(0, 3, 3, 2, 7), (1, 1, 1, 1, 1), (3, 14, 14, 6, 7), (2, 30, 56, 3, 9)]):
-        case = (*crop_case(B, h, w, K, i, "cpu"), size)
+        case = (*crop_case(B, h, w, K, i, device), size)
         yield "crop_masks", lambda case=case: [ops.crop_masks(*case)], lambda case=case: [r2o.crop_masks_ref(*case)]
     for i, (B, C, H, K, P, dtype) in enumerate(
         [
@@ -73,17 +75,20 @@ def cases():
             (2, 40, 7, 5, 12, torch.bfloat16),
         ]
     ):
-        both = backward(*mask_case(B, C, H, K, P, dtype, "cpu", i))
+        both = backward(*mask_case(B, C, H, K, P, dtype, device, i))
         yield "mask_pool", lambda both=both: both(ops.mask_pool), lambda both=both: both(r2o.mask_pool_ref)
 
 
-def main(only: list[str], orders: int):
-    for name, op, reference in cases():
+def main(orders: int, device: str, only: list[str]):
+    if device == "cpu":
+        set_order = ctypes.CDLL(r2o_ops.r2o_C.__file__).r2o_emulate_order
+    for name, op, reference in cases(device):
         if only and name not in only:
             continue
         want, first = reference(), None
         for order in range(orders):
-            set_order(order)
+            if device == "cpu":
+                set_order(order)
             got = op()
             for a, b in zip(got, want, strict=True):
                 torch.testing.assert_close(a, b, msg=lambda said, name=name: f"{name}: {said}")
@@ -91,8 +96,8 @@ def main(only: list[str], orders: int):
             assert all(torch.equal(a, b) for a, b in zip(got, first, strict=True)), (
                 f"{name} depends on the order {order}"
             )
-    print("emulated: all equal")
+    print("all equal")
 
 
 if __name__ == "__main__":
-    main(sys.argv[2:], int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCH = Path(__file__).parent.parent / "bench/bench.py"
 
@@ -44,3 +45,21 @@ def test_bad_arguments_end_in_one_line_and_status_2(args, message, tmp_path):
     args = [str(tmp_path) if a == "." else a for a in args]
     run = bench(*args)
     assert run.returncode == 2 and message in run.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_make_gpu_says_so_and_ends_with_status_2():
+    run = subprocess.run([sys.executable, BENCH.parent / "gpu.py", "--stage", "2"], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "bench/gpu.py: error: PyTorch sees no GPU here: run it on a machine that has one\n"
+
+
+def test_figures_of_a_gpu_are_compared_with_the_goals_in_the_documentation():
+    script = f"import sys; sys.path.insert(0, {str(BENCH.parent)!r}); import gpu; goals = gpu.GOALS; "
+    script += "print(*gpu.compare(dict(goals)), *gpu.compare({k: 2 * v for k, v in goals.items()}), sep='\\n'); "
+    script += "print(*goals.values(), sep='\\n')"
+    lines = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.splitlines()
+    count = len(lines) // 3
+    assert count > 3 and [line.split(":")[0] for line in lines[: 2 * count]] == ["reached"] * count + ["MISSED"] * count
+    documented = (BENCH.parent.parent / "docs/performance.md").read_text()
+    assert all(f"at most {float(value):g} " in documented for value in lines[2 * count :])

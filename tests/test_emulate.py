@@ -31,21 +31,21 @@ def emulator():
 def emulate(folder, orders: int, *only: str) -> tuple[int, str]:
     """The exit status of emulated.py, and its last line."""
     path = os.pathsep.join(map(str, (folder, ROOT, ROOT / "tests")))
-    command = [sys.executable, ROOT / "tests/emulated.py", str(orders), *only]
+    command = [sys.executable, ROOT / "tests/emulated.py", str(orders), "cpu", *only]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
     return done.returncode, (done.stdout + done.stderr).strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("op", ["region_pool", "kmeans", "crop_masks", "mask_pool"])
 def test_kernels_equal_their_references_in_every_order_of_threads_and_blocks(emulator, op):
-    assert emulate(OUT, 4, op) == (0, "emulated: all equal")
+    assert emulate(OUT, 4, op) == (0, "all equal")
 
 
 def test_k_means_of_fewer_groups_at_a_time_is_the_same(emulator, tmp_path):
     """As many as their dot products have room, here for one group."""
     shutil.copytree(OUT, tmp_path / "build")
     build.build(tmp_path / "build", lambda name, text: text.replace("kGramBytes / (N", "4096 / (N"))
-    assert emulate(tmp_path / "build", 1, "kmeans") == (0, "emulated: all equal")
+    assert emulate(tmp_path / "build", 1, "kmeans") == (0, "all equal")
 
 
 BREAKS = {

@@ -1,0 +1,230 @@
+"""Everything that needs a GPU, in stages of at most nine minutes that need no network:
+
+    make gpu                                # all that can run
+    make gpu STAGE=3 GPU="--authors DIR"    # one
+
+    1 tests    build r2o_C, then the tests of the ops, K-means, masks, losses and training
+    2 checks   memcheck, racecheck, synccheck and initcheck (compute-sanitizer) on every op, small
+    3 ops      every op, the clustering and the mask step beside other ways to do them; times of K-means' kernels
+    4 train    ResNet-50's step in bf16 at B = 32, 256, 512: masks predicted or given, one or two streams, compiled
+    5 learn    ResNet-18 on --data (class folders of small images), k-NN; best overlap on --photos, before and after
+
+Writes bench/results/<GPU>-<date>-<stage>.json and .md. Exit status: 0 passed, 1 something failed, 2 no GPU.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import bench as timing
+import r2o
+from runtime import plan
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS, CHECKS = 540, ("memcheck", "racecheck", "synccheck", "initcheck")
+N, D = 3000, 1024  # points and dimensions of one K-means at training
+
+
+class Failed(Exception):
+    pass
+
+
+def call(*command, env=None) -> str:
+    """Run a command, print and return what it prints. Raises Failed with its last line if it fails."""
+    print("$", *command, flush=True)
+    done = subprocess.run([str(c) for c in command], cwd=ROOT, env=env, text=True, stdout=-1, stderr=subprocess.STDOUT)
+    print(done.stdout, flush=True)
+    if done.returncode:
+        raise Failed(f"{command[0]} … {command[-1]}: status {done.returncode}: {done.stdout.strip().splitlines()[-1:]}")
+    return done.stdout
+
+
+# ---- Stages: each returns what it found, as a dict of {name: figure or text} ---------------------------------------
+
+
+def tests(args, device) -> dict:
+    call(sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+    names = [f"tests/test_{name}.py" for name in ("ops", "kmeans", "masks", "loss", "train")]
+    return {"pytest": call(sys.executable, "-m", "pytest", "-q", "-rs", *names).strip().splitlines()[-1]}
+
+
+def checks(args, device) -> dict:
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    found, env = {}, os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    for check in CHECKS:
+        program = [sys.executable, "tests/emulated.py", "1", "cuda"]
+        said = call(tool, "--tool", check, "--error-exitcode", "1", *program, env=env)
+        found[check] = next((line.strip("= ") for line in said.splitlines() if "ERROR SUMMARY" in line), "passed")
+    return found
+
+
+def clustering_goals(bench: timing.Bench) -> dict:
+    """The whole clustering of one problem of training's size, and the times of its kernels."""
+    x = torch.nn.functional.normalize(torch.rand(1, N, D, generator=torch.Generator().manual_seed(0)), dim=-1)
+    x, valid, found = x.to(bench.device), torch.ones(1, N, dtype=torch.bool, device=bench.device), {}
+    for K in timing.CLUSTERS:
+        u = r2o.seeding_uniforms(1, K, torch.Generator().manual_seed(1)).to(bench.device)
+
+        def ours(u=u):
+            return r2o.kmeans_seeded(x, valid, u, timing.ITERS)
+
+        bench.race(f"kmeans, {N} x {D}, K = {K}", {"r2o": ours, "plain PyTorch": timing.in_plain(ours)})
+        found[f"kmeans {N} x {D} K={K}, ms"] = bench.rows[-2]["median ms"]
+        found[f"kmeans {N} x {D} K={K}, extra MB"] = bench.rows[-2]["extra MB"]
+        if bench.device.type == "cuda":
+            found |= {f"K={K}: {name}": us for name, us in kernel_times(ours).items()}
+    return found
+
+
+def kernel_times(f) -> dict[str, str]:
+    """Every kernel of f: calls and microseconds in all, over ten runs."""
+    f()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(10):
+            f()
+        torch.cuda.synchronize()
+    rows = [e for e in profile.key_averages() if e.device_time_total]
+    return {re.sub(r"\(.*", "", e.key)[:70]: f"{e.count / 10:.0f} x, {e.device_time_total / 10:.1f} us" for e in rows}
+
+
+def ops(args, device) -> dict:
+    bench = timing.Bench(device, 2)
+    theirs = timing.authors_code(args.authors, device) if args.authors else None
+    found = clustering_goals(bench)
+    for B in (32, 256):
+        data = timing.make_input(timing.pictures(None, timing.GROUP) * (B // timing.GROUP), device)
+        for part in (timing.pooling, timing.clustering, timing.mask_step):
+            part(bench, data, theirs)
+    times = {(row["what"].split(", C =")[0], row["who"]): row["median ms"] for row in bench.rows}
+    found["region_pool, B = 32, us"] = 1000 * times["region_pool, B = 32", "r2o"]
+    for K in timing.CLUSTERS if theirs else ():
+        what = f"mask step, B = 32, K = {K}"
+        share = times[what, "r2o, --assign region"] / times[what, "authors (region)"]
+        found[f"{what}: of the authors' time, %"] = 100 * share
+    return found | {"rows": bench.rows, "rates": bench.rates}
+
+
+def train(args, device) -> dict:
+    bench, found = timing.Bench(device, 5), {}
+    for B in (32, 256, 512):
+        data = timing.make_input(timing.pictures(None, timing.GROUP) * (B // timing.GROUP), device)
+        before, model = len(bench.rows), r2o.R2O("resnet50", data.R)
+        estimate = plan.training_memory(model.to(device), B, 224, device)
+        del model
+        torch.cuda.reset_peak_memory_stats()
+        timing.train_step(bench, data, 128, compiled=B == 256)
+        peak = torch.cuda.max_memory_allocated()
+        found[f"B={B}: memory at most, estimated, GB"] = f"{peak / 1e9:.1f}, {estimate / 1e9:.1f}"
+        for row in bench.rows[before:]:
+            speed = f"{1000 * B / row['median ms']:.0f} images/s, {row['waits']} waits"
+            found[f"B={B}, {row['who']}"] = speed
+        steps = {row["who"]: row["median ms"] for row in bench.rows[before:]}
+        share = steps["masks predicted, one stream"] / steps["C4 forward, masks given"] - 1
+        found[f"B={B}: mask prediction beyond the C4 forward, %"] = 100 * share
+    return found | {"rows": bench.rows, "rates": bench.rates}
+
+
+def learn(args, device) -> dict:
+    if not args.data:
+        return {"not run": "pass --data, class folders of small images, and --photos, a folder like CUB_200_2011's"}
+    out, found, began = ROOT / "out/gpu", {}, time.monotonic()
+    flags = f"--arch resnet18 --size 96 --epochs {args.epochs} --batch-size 256 --k-start 32 --k-end 6 --lr-k 0"
+    call(sys.executable, "train.py", "--data", args.data, "--out", out, *flags.split())
+    found["training, s"] = time.monotonic() - began
+    for name, weights in (("before", ["random", "--arch", "resnet18"]), ("after", [out / "r2o.pth"])):
+        common = ["--ckpt", *weights, "--size", "96", "--json", out / f"{name}.json"]
+        found[f"k-NN {name}"] = call(sys.executable, "-m", "evals.knn", "--data", args.data, *common).splitlines()[-1]
+        if args.photos:
+            said = call(sys.executable, "-m", "evals.abo", "--data", args.photos, *common)
+            found[f"best overlap {name}"] = said.splitlines()[-1]
+    return found
+
+
+STAGES = {"1": tests, "2": checks, "3": ops, "4": train, "5": learn}
+
+# docs/performance.md: figure -> at most
+GOALS = {
+    f"kmeans {N} x {D} K=128, ms": 0.7,
+    f"kmeans {N} x {D} K=4, ms": 0.4,
+    f"kmeans {N} x {D} K=128, extra MB": 64,
+    "region_pool, B = 32, us": 10,
+    "B=256: mask prediction beyond the C4 forward, %": 3,
+    "mask step, B = 32, K = 128: of the authors' time, %": 1,
+    "mask step, B = 32, K = 4: of the authors' time, %": 1,
+}
+
+
+def compare(found: dict) -> list[str]:
+    """One line for each goal that this stage has a figure for."""
+    reached = {name: (found[name], most) for name, most in GOALS.items() if name in found}
+    return [
+        f"{'reached' if x <= most else 'MISSED'}: {name} {x:.3g} (at most {most})"
+        for name, (x, most) in reached.items()
+    ]
+
+
+def write(out: Path, about: dict, found: dict):
+    out.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "-", f"{about['gpu']} {about['date']} {about['stage']}".lower())
+    (out / f"{name}.json").write_text(json.dumps(about | found, indent=1) + "\n")
+    lines = [f"# {about['gpu']}, {about['date']}: {about['stage']}", ""]
+    lines += [f"* {key}: {value}" for key, value in (about | found).items() if key not in ("rows", "rates")]
+    for row in found.get("rows", []):
+        lines += ["", f"## {row['what']}", ""] * (f"## {row['what']}" not in lines)
+        lines.append(
+            f"* {row['who']}: {row['median ms']:.3f} ms ({row['p10 ms']:.3f} to {row['p90 ms']:.3f}, n = {row['n']})"
+        )
+    (out / f"{name}.md").write_text("\n".join(lines) + "\n")
+    print(f"wrote {out / name}.md and .json")
+
+
+def main(argv=None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--stage", choices=STAGES, help="this one alone (default: all)")
+    p.add_argument("--authors", type=Path, help="a checkout of github.com/KKallidromitis/r2o")
+    p.add_argument("--data", help="class folders of small images, for stage 5")
+    p.add_argument("--photos", help="photographs with masks, laid out like CUB_200_2011, for stage 5")
+    p.add_argument("--epochs", type=int, default=10, help="of stage 5")
+    p.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder for the results")
+    args = p.parse_args(argv)
+    if not torch.cuda.is_available():
+        p.exit(2, "bench/gpu.py: error: PyTorch sees no GPU here: run it on a machine that has one\n")
+    if not args.stage:
+        failed = []
+        for stage, f in STAGES.items():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                command = [sys.executable, __file__, "--stage", stage, *(argv or sys.argv[1:])]
+                if subprocess.run(command, timeout=SECONDS).returncode == 0:
+                    continue
+            failed.append(f.__name__)
+        print("all stages passed" if not failed else f"failed, or not done after {SECONDS} s: {', '.join(failed)}")
+        return int(bool(failed))
+    device, began, status = torch.device("cuda", 0), time.monotonic(), 0
+    about = {
+        "stage": STAGES[args.stage].__name__,
+        "gpu": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+    }
+    about |= {"date": time.strftime("%Y-%m-%d"), "ops": r2o.extension(device) if args.stage != "1" else "built here"}
+    try:
+        found = STAGES[args.stage](args, device)
+    except Failed as e:
+        found, status = {"failed": str(e)}, 1
+    lines = compare(found)
+    print("\n".join([found.get("failed", "passed"), *lines]))
+    write(args.out, about | {"seconds": round(time.monotonic() - began)}, found | {"goals": lines})
+    return status or int(any(line.startswith("MISSED") for line in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
