@@ -347,9 +347,9 @@ class R2O(nn.Module):
 
         images: (B, 3, S, S) and views: (2B, 3, S, S), the first views then the second, normalized. regions: (B, h, w).
         boxes: (B, 2, 4). flips: (B, 2). generator: a CPU torch.Generator; in the same state on all ranks it makes
-        K-means independent of their number, and micro-batches that share it cluster exactly as the full batch would,
-        where kmeans_group divides their images. num_regions: ids of this batch are below it (default: the model's);
-        on a GPU K-means takes time and memory that grow with its square.
+        K-means independent of their number, and micro-batches that share it cluster as the full batch would (on a CPU
+        to the same bits), where kmeans_group divides their images. num_regions: ids of this batch are below it
+        (default: the model's); on a GPU K-means takes time and memory that grow with its square.
         Returns the loss, whose average over ranks (DDP's) is the mean over all pairs, and scalars to watch.
         """
         B, K = len(images), self.num_regions if self.masks == "prior" else num_clusters

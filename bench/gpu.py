@@ -13,13 +13,14 @@ Writes bench/results/<GPU>-<date>-<stage>.json and .md. Exit status: 0 passed, 1
 """
 
 import argparse
-import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -39,39 +40,43 @@ class Failed(Exception):
     pass
 
 
-def call(*command, env=None) -> str:
-    """Run a command, print and return what it prints. Raises Failed with its last line if it fails."""
+def call(*command, **more) -> str:
+    """Run a command, with `more` environment variables; print and return its output. Raises Failed if it fails."""
     print("$", *command, flush=True)
-    done = subprocess.run([str(c) for c in command], cwd=ROOT, env=env, text=True, stdout=-1, stderr=subprocess.STDOUT)
-    print(done.stdout, flush=True)
-    if done.returncode:
-        raise Failed(f"{command[0]} … {command[-1]}: status {done.returncode}: {done.stdout.strip().splitlines()[-1:]}")
-    return done.stdout
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen([str(c) for c in command], cwd=ROOT, env=os.environ | more, text=True, **pipes)
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line.strip())
+    if process.wait():
+        raise Failed(f"{' '.join(map(str, command))}: status {process.returncode}: {lines[-1] if lines else ''}")
+    return "\n".join(lines)
 
 
-# ---- Stages: each returns what it found, as a dict of {name: figure or text} ---------------------------------------
+# ---- Stages: each fills `found`, {name: figure or text}, which is written even if it fails midway --------------------
 
 
-def tests(args, device) -> dict:
-    call(sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+def tests(args, device, found: dict):
+    call(sys.executable, "setup.py", "-q", "build_ext", "--inplace", FORCE_CUDA="1")
     names = [f"tests/test_{name}.py" for name in ("ops", "kmeans", "masks", "loss", "train")]
-    return {"pytest": call(sys.executable, "-m", "pytest", "-q", "-rs", *names).strip().splitlines()[-1]}
+    found["pytest"] = call(sys.executable, "-m", "pytest", "-q", "-rs", *names).splitlines()[-1]
 
 
-def checks(args, device) -> dict:
+def checks(args, device, found: dict):
+    """Without PyTorch's cache of memory, in which an overrun of a tensor would end in another's."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    found, env = {}, os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    env = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for check in CHECKS:
         program = [sys.executable, "tests/emulated.py", "1", "cuda"]
-        said = call(tool, "--tool", check, "--error-exitcode", "1", *program, env=env)
+        said = call(tool, "--tool", check, "--error-exitcode", "1", *program, **env)
         found[check] = next((line.strip("= ") for line in said.splitlines() if "ERROR SUMMARY" in line), "passed")
-    return found
 
 
-def clustering_goals(bench: timing.Bench) -> dict:
+def clustering_goals(bench: timing.Bench, found: dict):
     """The whole clustering of one problem of training's size, and the times of its kernels."""
     x = torch.nn.functional.normalize(torch.rand(1, N, D, generator=torch.Generator().manual_seed(0)), dim=-1)
-    x, valid, found = x.to(bench.device), torch.ones(1, N, dtype=torch.bool, device=bench.device), {}
+    x, valid = x.to(bench.device), torch.ones(1, N, dtype=torch.bool, device=bench.device)
     for K in timing.CLUSTERS:
         u = r2o.seeding_uniforms(1, K, torch.Generator().manual_seed(1)).to(bench.device)
 
@@ -83,7 +88,6 @@ def clustering_goals(bench: timing.Bench) -> dict:
         found[f"kmeans {N} x {D} K={K}, extra MB"] = bench.rows[-2]["extra MB"]
         if bench.device.type == "cuda":
             found |= {f"K={K}: {name}": us for name, us in kernel_times(ours).items()}
-    return found
 
 
 def kernel_times(f) -> dict[str, str]:
@@ -94,13 +98,17 @@ def kernel_times(f) -> dict[str, str]:
             f()
         torch.cuda.synchronize()
     rows = [e for e in profile.key_averages() if e.device_time_total]
-    return {re.sub(r"\(.*", "", e.key)[:70]: f"{e.count / 10:.0f} x, {e.device_time_total / 10:.1f} us" for e in rows}
+    names = [re.sub(r"^void |r2o::|\(anonymous namespace\)::", "", e.key).split("(")[0][:70] for e in rows]
+    return {
+        name: f"{e.count / 10:.0f} x, {e.device_time_total / 10:.1f} us" for name, e in zip(names, rows, strict=True)
+    }
 
 
-def ops(args, device) -> dict:
+def ops(args, device, found: dict):
     bench = timing.Bench(device, 2)
+    found |= {"rows": bench.rows, "rates": bench.rates}
     theirs = timing.authors_code(args.authors, device) if args.authors else None
-    found = clustering_goals(bench)
+    clustering_goals(bench, found)
     for B in (32, 256):
         data = timing.make_input(timing.pictures(None, timing.GROUP) * (B // timing.GROUP), device)
         for part in (timing.pooling, timing.clustering, timing.mask_step):
@@ -111,43 +119,53 @@ def ops(args, device) -> dict:
         what = f"mask step, B = 32, K = {K}"
         share = times[what, "r2o, --assign region"] / times[what, "authors (region)"]
         found[f"{what}: of the authors' time, %"] = 100 * share
-    return found | {"rows": bench.rows, "rates": bench.rates}
 
 
-def train(args, device) -> dict:
-    bench, found = timing.Bench(device, 5), {}
+def train(args, device, found: dict):
+    bench = timing.Bench(device, 5)
+    found |= {"rows": bench.rows, "rates": bench.rates}
     for B in (32, 256, 512):
-        data = timing.make_input(timing.pictures(None, timing.GROUP) * (B // timing.GROUP), device)
-        before, model = len(bench.rows), r2o.R2O("resnet50", data.R)
-        estimate = plan.training_memory(model.to(device), B, 224, device)
-        del model
-        torch.cuda.reset_peak_memory_stats()
-        timing.train_step(bench, data, 128, compiled=B == 256)
-        peak = torch.cuda.max_memory_allocated()
-        found[f"B={B}: memory at most, estimated, GB"] = f"{peak / 1e9:.1f}, {estimate / 1e9:.1f}"
-        for row in bench.rows[before:]:
-            speed = f"{1000 * B / row['median ms']:.0f} images/s, {row['waits']} waits"
-            found[f"B={B}, {row['who']}"] = speed
-        steps = {row["who"]: row["median ms"] for row in bench.rows[before:]}
-        share = steps["masks predicted, one stream"] / steps["C4 forward, masks given"] - 1
-        found[f"B={B}: mask prediction beyond the C4 forward, %"] = 100 * share
-    return found | {"rows": bench.rows, "rates": bench.rates}
+        try:
+            train_steps(bench, B, found)
+        except torch.OutOfMemoryError as e:
+            found[f"B={B}"] = f"out of memory: {str(e).splitlines()[0]}"
+        torch.cuda.empty_cache()
 
 
-def learn(args, device) -> dict:
-    if not args.data:
-        return {"not run": "pass --data, class folders of small images, and --photos, a folder like CUB_200_2011's"}
-    out, found, began = ROOT / "out/gpu", {}, time.monotonic()
+def train_steps(bench: timing.Bench, B: int, found: dict):
+    data = timing.make_input(timing.pictures(None, timing.GROUP) * (B // timing.GROUP), bench.device)
+    model = r2o.R2O("resnet50", data.R).to(bench.device)
+    estimate, before = plan.training_memory(model, B, 224, bench.device), len(bench.rows)
+    del model
+    torch.cuda.reset_peak_memory_stats()
+    timing.train_step(bench, data, 128, compiled=B == 256)
+    rows, peak = bench.rows[before:], torch.cuda.max_memory_allocated()
+    found[f"B={B}: memory at most, and estimated, GB"] = f"{peak / 1e9:.1f}, {estimate / 1e9:.1f}"
+    for row in rows:
+        found[f"B={B}, {row['who']}"] = f"{1000 * B / row['median ms']:.0f} images/s, {row['waits']} waits"
+    steps = {row["who"]: row["median ms"] for row in rows}
+    share = steps["masks predicted, one stream"] / steps["C4 forward, masks given"] - 1
+    found[f"B={B}: mask prediction beyond the C4 forward, %"] = 100 * share
+
+
+def learn(args, device, found: dict):
+    if not (args.data and args.photos):
+        found["not run"] = "pass --data and --photos"
+        return
     flags = f"--arch resnet18 --size 96 --epochs {args.epochs} --batch-size 256 --k-start 32 --k-end 6 --lr-k 0"
-    call(sys.executable, "train.py", "--data", args.data, "--out", out, *flags.split())
-    found["training, s"] = time.monotonic() - began
-    for name, weights in (("before", ["random", "--arch", "resnet18"]), ("after", [out / "r2o.pth"])):
-        common = ["--ckpt", *weights, "--size", "96", "--json", out / f"{name}.json"]
-        found[f"k-NN {name}"] = call(sys.executable, "-m", "evals.knn", "--data", args.data, *common).splitlines()[-1]
-        if args.photos:
-            said = call(sys.executable, "-m", "evals.abo", "--data", args.photos, *common)
-            found[f"best overlap {name}"] = said.splitlines()[-1]
-    return found
+    with tempfile.TemporaryDirectory() as out:
+        began = time.monotonic()
+        call(sys.executable, "train.py", "--data", args.data, "--out", out, *flags.split())
+        found["training, s"] = time.monotonic() - began
+        for name, weights in (("before", ["random", "--arch", "resnet18"]), ("after", [f"{out}/r2o.pth"])):
+            for measure, data in (
+                ("knn", [args.data]),
+                ("abo", [args.photos / "images", args.photos / "segmentations"]),
+            ):
+                file = f"{out}/{measure}-{name}.json"
+                where = ["--data", *data, "--size", "96", "--json", file]
+                call(sys.executable, "-m", f"evals.{measure}", "--ckpt", *weights, *where)
+                found[f"{measure} {name}"] = json.loads(Path(file).read_text())
 
 
 STAGES = {"1": tests, "2": checks, "3": ops, "4": train, "5": learn}
@@ -192,38 +210,54 @@ def main(argv=None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--stage", choices=STAGES, help="this one alone (default: all)")
     p.add_argument("--authors", type=Path, help="a checkout of github.com/KKallidromitis/r2o")
-    p.add_argument("--data", help="class folders of small images, for stage 5")
-    p.add_argument("--photos", help="photographs with masks, laid out like CUB_200_2011, for stage 5")
+    p.add_argument("--data", type=Path, help="folder with train and val, of small images in class folders, for stage 5")
+    p.add_argument("--photos", type=Path, help="folder with images and segmentations, for stage 5")
     p.add_argument("--epochs", type=int, default=10, help="of stage 5")
     p.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder for the results")
     args = p.parse_args(argv)
     if not torch.cuda.is_available():
         p.exit(2, "bench/gpu.py: error: PyTorch sees no GPU here: run it on a machine that has one\n")
+    if args.authors and not (args.authors / "utils/mask_utils.py").exists():
+        p.error(f"--authors {args.authors} holds no utils/mask_utils.py: pass a checkout of KKallidromitis/r2o")
+    for folder in filter(None, (args.data and args.data / "val", args.photos and args.photos / "segmentations")):
+        if not folder.is_dir():
+            p.error(f"there is no folder {folder}: see --help")
     if not args.stage:
-        failed = []
-        for stage, f in STAGES.items():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                command = [sys.executable, __file__, "--stage", stage, *(argv or sys.argv[1:])]
-                if subprocess.run(command, timeout=SECONDS).returncode == 0:
-                    continue
-            failed.append(f.__name__)
-        print("all stages passed" if not failed else f"failed, or not done after {SECONDS} s: {', '.join(failed)}")
-        return int(bool(failed))
-    device, began, status = torch.device("cuda", 0), time.monotonic(), 0
+        return run_all(argv or sys.argv[1:])
+    device, began, found = torch.device("cuda", 0), time.monotonic(), {}
     about = {
         "stage": STAGES[args.stage].__name__,
         "gpu": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
     }
-    about |= {"date": time.strftime("%Y-%m-%d"), "ops": r2o.extension(device) if args.stage != "1" else "built here"}
+    about |= {"date": time.strftime("%Y-%m-%d")}
     try:
-        found = STAGES[args.stage](args, device)
+        if args.stage != "1" and r2o.extension(device) != "cuda":
+            raise Failed("r2o_C is not built with CUDA: run stage 1 first")
+        STAGES[args.stage](args, device, found)
     except Failed as e:
-        found, status = {"failed": str(e)}, 1
-    lines = compare(found)
-    print("\n".join([found.get("failed", "passed"), *lines]))
-    write(args.out, about | {"seconds": round(time.monotonic() - began)}, found | {"goals": lines})
-    return status or int(any(line.startswith("MISSED") for line in lines))
+        found["failed"] = str(e)
+    finally:  # what was measured before something failed is kept
+        lines = compare(found)
+        print("\n".join([found.get("failed", "ended"), *lines]))
+        write(args.out, about | {"seconds": round(time.monotonic() - began)}, found | {"goals": lines})
+    return int("failed" in found or any(line.startswith("MISSED") for line in lines))
+
+
+def run_all(flags: list[str]) -> int:
+    """Every stage in a session of its own, which is ended whole if it takes too long."""
+    failed = []
+    for stage, f in STAGES.items():
+        process = subprocess.Popen([sys.executable, __file__, "--stage", stage, *flags], start_new_session=True)
+        try:
+            status = process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGTERM)
+            status = process.wait()
+        if status:
+            failed.append(f.__name__)
+    print(f"failed, missed a goal, or took over {SECONDS} s: {', '.join(failed)}" if failed else "all stages passed")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -207,6 +207,6 @@ def training_memory(model: r2o.R2O, images: int, size: int, device: torch.device
     weights += 28 * rows**2 * distributed.place()[1]  # for both directions two cosines, two masks; and a backward pass
     if r2o.extension(device) == "cuda" and model.masks == "predicted":  # K-means keeps dot products of groups' points
         points = min(images, model.kmeans_group) * model.num_regions
-        several = 4 * points * images * model.num_regions
-        weights += max(4 * points**2, min(several, r2o_ops.r2o_C.gram_bytes_cuda))
+        groups = min(images * model.num_regions / points, max(1, r2o_ops.r2o_C.gram_bytes_cuda // (4 * points**2)))
+        weights += groups * 4 * points * (points + r2o.channels(encoder.layer3))  # and the points' two halves
     return weights + images * ((kept[1] - kept[0]) + 6 * 12 * size**2)  # activations of 2 views; 6 images in float32

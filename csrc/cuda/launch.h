@@ -13,7 +13,7 @@ constexpr unsigned kAllLanes = 0xffffffff;
 inline void allow_shared(const void* kernel, size_t bytes) {
   const auto status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (status != cudaSuccess) cudaGetLastError();  // clears it for the next launch check
-  TORCH_CHECK(status == cudaSuccess, "this input needs ", bytes >> 10, " KB of shared memory, more than this GPU has: use smaller maps");
+  TORCH_CHECK(status == cudaSuccess, "this input needs ", bytes >> 10, " KB of shared memory, more than this GPU has: use smaller maps or groups");
 }
 
 }  // namespace r2o

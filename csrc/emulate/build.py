@@ -84,7 +84,11 @@ def build(out: Path, change=lambda name, text: text):
         objects = list(pool.map(make, jobs))
     libraries = [f"-L{path}" for path in library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch_python"]
     module = out / f"r2o_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run([compiler[0], "-shared", *objects, *libraries, "-o", module], check=True)
+    if module.exists() and module.stat().st_mtime > max(o.stat().st_mtime for o in objects):
+        return
+    linked = module.with_suffix(".new")  # renamed when complete: another process may have the old one loaded
+    subprocess.run([compiler[0], "-shared", *objects, *libraries, "-o", linked], check=True)
+    linked.replace(module)
 
 
 if __name__ == "__main__":
