@@ -1,0 +1,123 @@
+"""The document of ablations.py: its tables and plots, from the JSON of every run."""
+
+import json
+import statistics
+from pathlib import Path
+
+import ablations_rows as rows
+from ablations_rows import MEASURES, Run, finished
+
+from runtime.cli import need
+
+BEGIN, END = "<!-- written by bench/ablations.py -->", "<!-- end -->"
+Done = dict[Run, dict]  # the JSONs of finished runs
+
+
+def summary(values: list[float], digits: int, sign: str = "") -> str:
+    """Mean ± sample standard deviation; a single value as it is."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{sign}.{digits}f}{spread}"
+
+
+def figures(row: str, epochs: int, done: Done) -> dict[int, dict[str, float]]:
+    """By seed. The untrained encoder's, of no epochs, stand beside those of any number."""
+    return {run.seed: x["figures"] for run, x in done.items() if run.row == row and run.epochs in (epochs, 0)}
+
+
+def differences(row: str, epochs: int, measure: str, done: Done) -> list[float]:
+    """To full R2O of the same seed and epochs."""
+    ours, full = figures(row, epochs, done), figures("r2o", epochs, done)
+    return [ours[seed][measure] - full[seed][measure] for seed in sorted(ours.keys() & full.keys())]
+
+
+def table(title: str, epochs: int, paper: dict[str, str], done: Done) -> list[str]:
+    """Figures, then paired differences, as Markdown. paper: its figures, by row."""
+    theirs = ["paper"] * any(paper.values())
+    head = ["", *theirs, "seeds", *MEASURES.values()]
+    lines = [f"## {title}, {epochs} epochs", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    compared = [row for row in paper if row not in ("r2o", "untrained")]
+    for row, minus in [(row, "") for row in paper] + [(row, " − R2O") for row in compared]:
+        by_seed, seeds = figures(row, epochs, done), len(rows.SEEDS) if row != "untrained" else 1
+        cells = [rows.ROWS[row].title + minus, *["" if minus else paper[row] for _ in theirs]]
+        cells.append(f"{seeds}" if len(by_seed) == seeds else f"**{len(by_seed)} of {seeds}**")
+        for measure in MEASURES:
+            values = [by_seed[seed][measure] for seed in sorted(by_seed)]
+            values = differences(row, epochs, measure, done) if minus else values
+            cells.append(summary(values, 1 if measure == "k-NN" else 3, "+" if minus else ""))
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def sweep_table(swept: Done) -> list[str]:
+    runs = rows.sweep_runs()
+    columns = list(dict.fromkeys((run.row, run.lr_k) for run in runs))
+    names = [f"{rows.ROWS[row].title}, --lr-k {lr_k:g}" for row, lr_k in columns]
+    lines = [f"## The sweep: k-NN top-1 on images held out, %, {rows.SWEEP} epochs", ""]
+    lines += [f"| --lr | {' | '.join(names)} |", "|---" * (len(columns) + 1) + "|"]
+    for lr in rows.RATES:
+        found = [swept.get(run) for run in runs if run.lr == lr]  # in the order of the columns
+        cells = [f"{x['figures']['k-NN']:.2f}" if x else "**not run**" for x in found]
+        lines.append(f"| {lr:g} | {' | '.join(cells)} |")
+    if len(swept) == len(runs):
+        chosen = [f"`--lr {lr:g} --lr-k {lr_k:g}` ({kind})" for kind, (lr, lr_k) in rows.choose(swept).items()]
+        lines += ["", f"Chosen: {', '.join(chosen)}."]
+    return [*lines, ""]
+
+
+def plot(epochs: int, names: list[str], done: Done, path: Path):
+    """Paired differences to full R2O in three measures: a dot per seed, a bar at their mean."""
+    from matplotlib.figure import Figure
+
+    shown = ("k-NN", "foreground", "pixel 4")
+    figure = Figure(figsize=(10, 0.9 + 0.27 * len(names)), layout="constrained")
+    for axes, measure in zip(figure.subplots(1, len(shown), sharey=True), shown, strict=True):
+        for y, row in enumerate(names):
+            values = differences(row, epochs, measure, done)
+            axes.plot(values, [y] * len(values), "o", color="C0", markersize=4, alpha=0.7)
+            if values:
+                axes.plot(statistics.fmean(values), y, "|", color="black", markersize=12)
+        axes.axvline(0, color="gray", linewidth=0.8)
+        axes.set_yticks(range(len(names)), [rows.ROWS[row].title for row in names])
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_title(f"{MEASURES[measure]}, minus R2O's", fontsize=9)
+        axes.grid(axis="x", alpha=0.3)
+        axes.tick_params(labelsize=8)
+    figure.savefig(path, format="png", dpi=90)
+
+
+def footer(done: Done, swept: Done, runs: int, images: int) -> list[str]:
+    """The priors' own overlaps; how much has run, on what."""
+    lines = []
+    for run, x in done.items():
+        if run.row == "untrained":
+            lines.append(f"Best overlap of the priors themselves: SLIC {x['figures']['SLIC prior']:.3f}, ")
+            lines[-1] += f"grid {x['figures']['grid']:.3f}."
+    hours = sum(run.epochs * images / x["last epoch"]["images/s"] / 3600 for run, x in done.items() if run.epochs)
+    about = sorted({f"{x['hardware']}, torch {x['versions']['torch']}" for x in (done | swept).values()})
+    said = f"{len(done)} of {runs} runs after the sweep are finished, of {hours:.1f} hours of training one by one"
+    return [*lines, f"{said}; hardware: {'; '.join(about) or 'none yet'}.", ""]
+
+
+def write(results: Path, doc: Path):
+    """Write the tables between the two marks of the document, and the plots beside it."""
+    need((results / "data.json").exists(), f"no results in {results}: pass --data and --photos to make them")
+    data = json.loads((results / "data.json").read_text())
+    swept = finished(rows.sweep_runs(), results, data)
+    runs = rows.programme(rows.choose(swept)) if len(swept) == len(rows.sweep_runs()) else []
+    done = finished(runs, results, data)
+    lines = [BEGIN, "", *sweep_table(swept)]
+    for title, paper in rows.TABLES.items():
+        lines += table(title, rows.SHORT, paper, done)
+    lines += table("Longer", rows.LONG, dict.fromkeys(rows.LONGER, ""), done)
+    for epochs, names in ((rows.SHORT, [*rows.ROWS][2:]), (rows.LONG, [x for x in rows.LONGER if x != "r2o"])):
+        path = doc.with_name(f"{doc.stem}-{epochs}.png")
+        plot(epochs, names, done, path)
+        lines += [f"![Paired differences to R2O after {epochs} epochs]({path.name})", ""]
+    lines += [*footer(done, swept, len(runs), int(data["images"].split(",")[0])), END]
+    text = doc.read_text() if doc.exists() else f"# Ablations\n\n{BEGIN}\n{END}\n"
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    need(begin and end, f"{doc} lacks the lines {BEGIN} and {END}: put them where the tables belong")
+    doc.write_text(before + "\n".join(lines) + after)

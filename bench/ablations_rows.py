@@ -1,0 +1,144 @@
+"""What ablations.py compares: the rows of Tables 4, 7 and 9, scaled to images of 64 pixels; the sweep; all runs."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    title: str
+    flags: str = ""  # of train.py, after BASE
+    rates: str = "r2o"  # which of choose()'s learning rates
+
+
+# The paper's K over 4, but at least 6. DetCon's own prior finds one segment in 64 pixels: SLIC of 5 on average instead.
+BASE = "--arch tiny --size 64 --batch-size 128 --hidden 512 --dim 64 --k-start 32 --k-end 6"
+FIXED, DETCON = "--schedule constant --k-start", "--objective detcon --masks"
+ODIN = f"{DETCON} odin --prior grid --kmeans-group 1 {FIXED} 5 --discovery-tau 0.99"
+ROWS = {
+    "untrained": Row("untrained, batch norm calibrated", "none"),
+    "r2o": Row("R2O, K = 32 → 6"),
+    "byol": Row("BYOL", f"{FIXED} 1 --k-end 1", "byol"),
+    "fixed-16": Row("fixed K = 16", f"{FIXED} 16"),
+    "prior-slic": Row("masks of SLIC", "--masks prior"),
+    "detcon": Row("DetCon_B, 5 superpixels", f"{DETCON} prior --segments 8", "contrastive"),
+    "fixed-6": Row("fixed K = 6", f"{FIXED} 6"),
+    "fixed-40": Row("fixed K = 40", f"{FIXED} 40"),
+    "grid": Row("grid prior, K = 32 → 6", "--prior grid"),
+    "prior-grid": Row("masks of the grid", "--masks prior --prior grid"),
+    "grid-fixed-16": Row("grid prior, fixed K = 16", f"--prior grid {FIXED} 16"),
+    "rising": Row("K = 6 → 32", "--k-start 6 --k-end 32"),
+    "16-to-6": Row("K = 16 → 6", "--k-start 16"),
+    "8-to-6": Row("K = 8 → 6", "--k-start 8"),
+    "128-to-4": Row("K = 128 → 4, not scaled", "--k-start 128 --k-end 4"),
+    "linear": Row("R2O, linear schedule", "--schedule linear"),
+    "region": Row("R2O, --assign region", "--assign region"),
+    "ntxent": Row("R2O with NT-Xent", "--objective ntxent", "contrastive"),
+    "odin": Row("Odin, K = 5", ODIN, "contrastive"),
+}
+SHORT, LONG, SEEDS = 10, 30, (0, 1, 2)  # epochs; seeds
+MAIN, LONGER = list(ROWS)[1:8], ("r2o", "byol", "fixed-16", "detcon")
+
+# The sweep: seed 0, so many epochs, and of each class so many training images held out for k-NN.
+RATES, LR_KS, SWEEP, HELD = (0.5, 1, 2), (0, 16), 3, 20
+
+EVALUATIONS = {"k-NN": "-k 20 --size 64", "foreground": "--size 128", "overlap": "--size 128 -k 6 4"}
+MEASURES = {
+    "k-NN": "k-NN top-1, %",
+    "foreground": "foreground IoU",
+    "pixel 6": "overlap, K = 6, pixel",
+    "region 6": "overlap, K = 6, region",
+    "pixel 4": "overlap, K = 4, pixel",
+    "region 4": "overlap, K = 4, region",
+}
+
+# The paper's k-NN on ImageNet-100, in percent, and mIoU on VOC, after 300 epochs of ImageNet-100; by table and row.
+TABLES = {
+    "Components (Table 4)": {
+        "prior-grid": "69.0; 66.4",
+        "prior-slic": "69.0; 67.0",
+        "grid-fixed-16": "74.1; 69.0",
+        "grid": "77.6; 68.7",
+        "fixed-16": "75.7; 68.8",
+        "r2o": "85.5; 72.1",
+    },
+    "Curriculum (Table 9)": {
+        "fixed-6": "K = 16: 76.3; 68.7",
+        "fixed-16": "K = 64: 75.7; 68.8",
+        "fixed-40": "K = 160: 73.9; 69.2",
+        "rising": "4 → 128: 80.0; 69.1",
+        "8-to-6": "16 → 4: 73.8; 67.5",
+        "16-to-6": "64 → 4: 84.4; 71.8",
+        "r2o": "128 → 4: 85.5; 72.1",
+        "128-to-4": "",
+    },
+    "Schedule, prior and assignment (A.6, A.7)": {
+        "r2o": "85.5; 72.1",
+        "linear": "85.2; 72.2",
+        "grid": "83.0; 72.7",
+        "region": "",
+    },
+    "Objectives and baselines (Table 7, Sec. 4.5)": {
+        "untrained": "",
+        "r2o": "–; 67.5 in Table 7, 72.1 in Sec. 4.5",
+        "ntxent": "–; 62.99 in Table 7",
+        "odin": "–; 69.0 in Sec. 4.5",
+        "byol": "",
+        "detcon": "",
+    },
+}
+
+
+class Run(NamedTuple):
+    row: str
+    epochs: int
+    seed: int
+    lr: float
+    lr_k: float
+    sweep: bool = False  # on the training images that are not held out
+
+    @property
+    def name(self) -> str:
+        return f"sweep-{self.row}-{self.lr:g}-{self.lr_k:g}" if self.sweep else f"{self.row}-{self.epochs}-{self.seed}"
+
+    def settings(self, data: dict) -> dict:
+        """All that the figures follow from. data: what identifies images and device."""
+        rates = f"--lr {self.lr:g} --lr-k {self.lr_k:g}"
+        flags = f"{BASE} {ROWS[self.row].flags} {rates} --epochs {self.epochs} --seed {self.seed}"
+        held = f"{HELD} training images of each class" if self.sweep else ""
+        return {"train.py": " ".join(flags.split()), "held out": held, "evaluations": EVALUATIONS} | data
+
+    def file(self, results: Path, data: dict) -> Path:
+        """Other settings have another hash, and so another file."""
+        digest = hashlib.sha256(json.dumps(self.settings(data), sort_keys=True).encode()).hexdigest()[:8]
+        return results / f"{self.name}-{digest}.json"
+
+
+def sweep_runs() -> list[Run]:
+    columns = [("r2o", lr_k) for lr_k in LR_KS] + [("byol", 0)]
+    return [Run(row, SWEEP, 0, lr, lr_k, sweep=True) for lr in RATES for row, lr_k in columns]
+
+
+def choose(swept: dict[Run, dict]) -> dict[str, tuple[float, float]]:
+    """(lr, lr_k) by Row.rates: the best k-NN on the images held out, the first of equals. Contrastive objectives, which
+    do not multiply by K, take R2O's best without it. swept: the JSONs of all sweep_runs()."""
+    among = {"r2o": ("r2o", LR_KS), "byol": ("byol", (0,)), "contrastive": ("r2o", (0,))}
+    runs = {kind: [r for r in swept if r.row == row and r.lr_k in ks] for kind, (row, ks) in among.items()}
+    best = {kind: max(some, key=lambda r: swept[r]["figures"]["k-NN"]) for kind, some in runs.items()}
+    return {kind: (run.lr, run.lr_k) for kind, run in best.items()}
+
+
+def programme(rates: dict[str, tuple[float, float]]) -> list[Run]:
+    """All runs after the sweep, those that tell most first."""
+    rest = [row for row in ROWS if row not in ("untrained", *MAIN)]
+    parts = [(MAIN, SHORT, SEEDS), (rest, SHORT, SEEDS[:1]), (LONGER, LONG, SEEDS[:1])]
+    parts += [(rest, SHORT, SEEDS[1:]), (LONGER, LONG, SEEDS[1:])]
+    each = [(row, epochs, seed) for rows, epochs, seeds in parts for seed in seeds for row in rows]
+    return [Run("untrained", 0, 0, 0, 0), *(Run(*x, *rates[ROWS[x[0]].rates]) for x in each)]
+
+
+def finished(runs: list[Run], results: Path, data: dict) -> dict[Run, dict]:
+    """The JSONs of those that are."""
+    files = {run: run.file(results, data) for run in runs}
+    return {run: json.loads(file.read_text()) for run, file in files.items() if file.exists()}

@@ -1,0 +1,231 @@
+"""bench/ablations.py: what it runs and resumes, what it takes for finished, and the figures of its document."""
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT, picture
+
+import train
+from runtime.cli import UsageError
+from runtime.images import list_images
+
+sys.path.insert(0, str(ROOT / "bench"))
+import ablations
+import ablations_doc as doc
+import ablations_rows as rows
+from ablations_rows import Run
+
+PLOT = doc.plot
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, pairs):
+    """Three classes of 9 training and 3 test images; 12 photographs with masks."""
+    root = tmp_path_factory.mktemp("classes")
+    for split, count in (("train", 9), ("val", 3)):
+        for c in "abc":
+            (root / split / c).mkdir(parents=True)
+            for i in range(count):
+                picture(ord(c) * 100 + i + 50 * (split == "val"), (40, 32)).save(root / split / c / f"{split}{i}.png")
+    photos = tmp_path_factory.mktemp("photos")
+    (photos / "images").symlink_to(pairs / "images")
+    (photos / "segmentations").symlink_to(pairs / "masks")
+    return root, photos
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path, data):
+    """The smallest programme: one row beside R2O and BYOL. Returns main(*flags), and the folder of the results."""
+    base = "--arch tiny --size 32 --batch-size 8 --kmeans-group 4 --k-start 6 --k-end 2 --hidden 16 --dim 8"
+    evaluations = {"k-NN": "-k 3 --size 32", "foreground": "--size 32", "overlap": "--size 32 -k 6 4"}
+    chosen = {name: rows.ROWS[name] for name in ("untrained", "r2o", "byol", "grid")}
+    settings = {"BASE": f"{base} --segments 20", "ROWS": chosen, "EVALUATIONS": evaluations, "MAIN": ["r2o", "byol"]}
+    settings |= {"SHORT": 1, "LONG": 2, "SEEDS": (0, 1), "RATES": (1, 2), "LR_KS": (0,), "SWEEP": 1, "HELD": 3}
+    settings |= {
+        "LONGER": ("r2o", "byol"),
+        "TABLES": {"Table 4": {"grid": "77.6", "r2o": "85.5"}, "All": {"untrained": ""}},
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(rows, name, value)
+    monkeypatch.setattr(doc, "plot", lambda *_: None)
+    flags = ["--data", data[0], "--photos", data[1], "--out", tmp_path / "out", "--results", tmp_path / "results"]
+    flags += ["--doc", tmp_path / "doc.md", "--jobs", 1]
+    ablations.stop.clear()
+    return lambda *more: ablations.main([*map(str, flags), *map(str, more)]), tmp_path / "results"
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """Stands in for the programs: each writes figures at once. Returns a list of the commands, and a set of runs that
+    fail."""
+    called, fail = [], set()
+
+    def call(program, folder, args, poll=lambda: None):
+        called.append((folder.name.rsplit("-", 1)[0], " ".join(map(str, program))))
+        if called[-1][0] in fail:
+            raise UsageError(f"{folder.name} ended with status 1")
+        value = len(called)
+        if program[0] == "train.py":
+            (folder / "log.jsonl").write_text(json.dumps({"epoch": 1, "images/s": 100}) + "\n")
+        if "--json" in program:
+            overlaps = [
+                {"masks": m, "K": None, "assign": None, "average best overlap": 0.25} for m in ("SLIC prior", "grid")
+            ]
+            for assign in ("pixel", "region"):
+                overlaps += [{"masks": "x", "K": k, "assign": assign, "average best overlap": 0.5} for k in (6, 4)]
+            result = {"k": {"3": {"top-1": value}}, "foreground IoU": 0.5, "rows": overlaps}
+            program[-1].write_text(json.dumps(result))
+
+    monkeypatch.setattr(ablations, "call", call)
+    return called, fail
+
+
+def trained(called) -> list[str]:
+    return [name for name, command in called if command.startswith("train.py")]
+
+
+SWEEP = ["sweep-r2o-1-0", "sweep-byol-1-0", "sweep-r2o-2-0", "sweep-byol-2-0"]
+SHORT = ["r2o-1-0", "byol-1-0", "r2o-1-1", "byol-1-1"]
+
+
+def test_what_tells_most_runs_first_and_a_rerun_runs_only_what_is_missing(small, programs, capsys):
+    main, results = small
+    called, fail = programs
+    fail.add("byol-1-1")
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2 and "1 of 11 runs failed; byol-1-1" in capsys.readouterr().err.splitlines()[-1]
+    assert trained(called) == [*SWEEP, *SHORT, "grid-1-0", "r2o-2-0", "byol-2-0", "grid-1-1", "r2o-2-1", "byol-2-1"]
+    assert not list(results.glob("byol-1-1-*.json"))
+    called.clear(), fail.clear()
+    main()
+    assert {name for name, _ in called} == {"byol-1-1"} and len(list(results.glob("byol-1-1-*.json"))) == 1
+    called.clear()
+    main()
+    assert called == []
+
+
+def test_the_sweep_sees_neither_test_images_nor_photographs(small, programs, data, tmp_path):
+    small[0]()
+    commands = [command for name, command in programs[0] if name.startswith("sweep")]
+    assert len(commands) == 8  # training and k-NN
+    assert not any(str(folder) in command for command in commands for folder in data)
+    held = {part: list_images(tmp_path / "out/held-out-3" / part) for part in ("train", "val")}
+    names = {part: {images[i] for i in range(len(images))} for part, images in held.items()}
+    assert len(names["train"]) == 18 and len(names["val"]) == 9 and not names["train"] & names["val"]
+
+
+def test_figures_of_other_settings_are_not_mistaken(small, programs, monkeypatch):
+    main, results = small
+    main()
+    run = rows.sweep_runs()[0]
+    about = json.loads((results / "data.json").read_text())
+    assert list(rows.finished([run], results, about)) == [run]
+    assert not rows.finished([run._replace(seed=1)], results, about)
+    assert not rows.finished([run], results, about | {"images": "others"})
+    monkeypatch.setattr(rows, "EVALUATIONS", rows.EVALUATIONS | {"k-NN": "-k 5"})
+    assert not rows.finished([run], results, about)
+    programs[0].clear()
+    main()
+    assert len(trained(programs[0])) == 14  # all of it again
+
+
+def test_results_of_other_images_are_refused(small, programs, tmp_path, capsys):
+    main, results = small
+    main()
+    about = json.loads((results / "data.json").read_text())
+    (results / "data.json").write_text(json.dumps(about | {"test images": "others"}))
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2 and "other data or another device" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_choices_by_hand():
+    """The best on held-out images, the first of equals; contrastive objectives never multiply by K."""
+    accuracy = {("r2o", 0.5, 0): 5, ("r2o", 1, 0): 7, ("r2o", 2, 0): 7, ("r2o", 0.5, 16): 9, ("byol", 2, 0): 8}
+    swept = {run: {"figures": {"k-NN": accuracy.get((run.row, run.lr, run.lr_k), 1)}} for run in rows.sweep_runs()}
+    assert rows.choose(swept) == {"r2o": (0.5, 16), "byol": (2, 0), "contrastive": (1, 0)}
+    by_row = {run.row: (run.lr, run.lr_k) for run in rows.programme(rows.choose(swept))}
+    assert by_row["fixed-6"] == (0.5, 16) and by_row["byol"] == (2, 0) and by_row["odin"] == (1, 0)
+
+
+def test_train_accepts_the_flags_of_every_run():
+    runs = rows.programme({kind: (1, 0) for kind in ("r2o", "byol", "contrastive")})
+    settings = {run: train.parse_args([*run.settings({})["train.py"].split(), "--data", "x"]) for run in runs[1:]}
+    assert len(settings) == 66 and {args.size for args in settings.values()} == {64}
+    k = {run.row: (args.k_start, args.k_end, args.schedule) for run, args in settings.items()}
+    assert k["r2o"] == (32, 6, "cosine") and k["rising"] == (6, 32, "cosine") and k["fixed-40"][::2] == (40, "constant")
+    shown = {row for table in rows.TABLES.values() for row in table}
+    assert shown == set(rows.ROWS) and {*rows.MAIN, *rows.LONGER} <= shown
+
+
+def made_up(row: str, k_nn: dict[int, float], epochs=10) -> dict[Run, dict]:
+    return {Run(row, epochs, seed, 1, 0): {"figures": dict.fromkeys(rows.MEASURES, x)} for seed, x in k_nn.items()}
+
+
+def test_means_spreads_and_paired_differences_by_hand():
+    """Of 1, 2, 6 the mean is 3, the variance (4 + 1 + 9) / 2. Differences are of the same seed and epochs."""
+    assert (
+        doc.summary([1, 2, 6], 2) == "3.00 ± 2.65" and doc.summary([-1], 1, "+") == "-1.0" and doc.summary([], 1) == ""
+    )
+    done = made_up("r2o", {0: 10, 1: 20, 2: 30}) | made_up("byol", {2: 33, 0: 11}) | made_up("r2o", {0: 99}, epochs=30)
+    assert doc.differences("byol", 10, "k-NN", done) == [1, 3]
+    assert doc.differences("byol", 30, "k-NN", done) == []
+    lines = doc.table("T", 10, {"byol": "65.1", "r2o": "71.6"}, done)
+    assert lines[4].startswith("| BYOL | 65.1 | **2 of 3** | 22.0 ± 15.6 | 22.000 ± 15.556 |")
+    assert lines[5].startswith("| R2O, K = 32 → 6 | 71.6 | 3 | 20.0 ± 10.0 |")
+    assert lines[6].startswith("| BYOL − R2O |  | **2 of 3** | +2.0 ± 1.4 | +2.000 ± 1.414 |")
+
+
+def test_the_document_has_every_row_and_keeps_what_is_around_its_tables(small, programs, tmp_path, monkeypatch, capsys):
+    main, _ = small
+    file = tmp_path / "doc.md"
+    file.write_text(f"Before.\n\n{doc.BEGIN}\nold\n{doc.END}\n\nAfter.\n")
+    programs[1].add("grid-1-1")
+    with pytest.raises(SystemExit):
+        main()
+    monkeypatch.setattr(doc, "plot", PLOT)
+    main("--report")
+    text = file.read_text()
+    assert text.startswith("Before.\n") and text.endswith("\n\nAfter.\n") and "old" not in text
+    assert (
+        "| grid prior, K = 32 → 6 | 77.6 | **1 of 2** |" in text and "| untrained, batch norm calibrated | 1 |" in text
+    )
+    assert "Best overlap of the priors themselves: SLIC 0.250, grid 0.250." in text and "10 of 11 runs" in text
+    for epochs in (1, 2):
+        assert f"(doc-{epochs}.png)" in text and (tmp_path / f"doc-{epochs}.png").stat().st_size < 100_000
+    file.write_text("No marks.\n")
+    with pytest.raises(SystemExit) as end:
+        main("--report")
+    assert end.value.code == 2 and "lacks the lines" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--data", "x"], "expected --data and --photos"),
+        (["--report", "--results", "missing"], "no results in"),
+        (["--data", "missing", "--photos", "missing"], "no such folder"),
+        (["--jobs", "0", "--report"], "--jobs must be at least 1"),
+    ],
+)
+def test_bad_arguments_end_in_one_line_and_status_2(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        ablations.main(flags)
+    assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_programs_themselves(small, monkeypatch):
+    """One row and one seed, trained and evaluated by the programs; figures have all measures."""
+    monkeypatch.setattr(rows, "RATES", (1,))
+    monkeypatch.setattr(rows, "programme", lambda rates: [Run("untrained", 0, 0, 0, 0), Run("r2o", 1, 0, 1, 0)])
+    main, results = small
+    main("--jobs", 2)
+    (file,) = results.glob("r2o-1-0-*.json")
+    run = json.loads(file.read_text())
+    assert run["figures"].keys() >= {*rows.MEASURES, "SLIC prior", "grid"} and run["last epoch"]["epoch"] == 1
+    assert run["versions"].keys() > {"torch", "r2o"} and "1 thread" in run["hardware"]
+    assert len(list(results.glob("*.json"))) == 5  # with data.json, and two of the sweep
