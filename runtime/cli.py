@@ -1,9 +1,11 @@
 """Command lines: errors and exit statuses, flags, progress bars."""
 
 import argparse
+import contextlib
 import importlib.util
 import math
 import re
+import signal
 import sys
 import traceback
 
@@ -46,6 +48,8 @@ def run(program: str, work):
         print(f"{program}: interrupted", file=sys.stderr)
         status = distributed.INTERRUPTED
     except Exception as e:
+        with contextlib.suppress(RuntimeError):  # PyTorch's handler may report a dead worker that e is about already
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         problem = environment_problem(e)
         if not problem:
             if not dist.is_initialized():

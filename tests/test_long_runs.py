@@ -157,6 +157,27 @@ def test_what_the_machine_lacks_is_said_in_one_line(capsys, error, said):
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"program: error: {said}")
 
 
+def test_a_dead_loader_worker_that_is_reported_twice_is_one_line(monkeypatch, capsys):
+    """As a read that ends, and by PyTorch's handler of SIGCHLD, which raises wherever the main thread is then."""
+
+    def handler(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    def extract(tb, extract=cli.traceback.extract_tb):
+        signal.raise_signal(signal.SIGCHLD)
+        return extract(tb)
+
+    monkeypatch.setattr(cli.traceback, "extract_tb", extract)
+    before = signal.signal(signal.SIGCHLD, handler)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.run("program", lambda: exec(compile("raise EOFError", "torch/utils/data/dataloader.py", "exec")))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and "program: error: a loader worker was killed" in lines[0]
+
+
 def test_too_little_memory_on_a_cpu_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.run("program", lambda: torch.empty(2**50))
