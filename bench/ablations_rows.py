@@ -41,7 +41,7 @@ SHORT, LONG, SEEDS = 10, 30, (0, 1, 2)  # epochs; seeds
 MAIN, LONGER = list(ROWS)[1:8], ("r2o", "byol", "fixed-16", "detcon")
 
 # The sweep: seed 0, so many epochs, and of each class so many training images held out for k-NN.
-RATES, LR_KS, SWEEP, HELD = (0.5, 1, 2), (0, 16), 3, 20
+RATES, LR_KS, SWEEP, HELD = (0.5, 1, 2, 4, 8), (0, 16), 3, 20
 
 EVALUATIONS = {"k-NN": "-k 20 --size 64", "foreground": "--size 128", "overlap": "--size 128 -k 6 4"}
 MEASURES = {
