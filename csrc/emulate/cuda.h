@@ -1,7 +1,11 @@
 // What a translated .cu source sees instead of CUDA: the names it uses, as functions of the emulator (emulate.cpp).
-// translate.py has replaced the three things that C++ cannot express: launches and the two kinds of __shared__ arrays.
-#pragma once
+// build.py has replaced the three things that C++ cannot express: launches and the two kinds of __shared__ arrays.
+#ifndef R2O_EMULATE_CUDA_H  // g++ warns of #pragma once in a header that it precompiles
+#define R2O_EMULATE_CUDA_H
+#include <ATen/Dispatch.h>
+#include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
+#include <torch/library.h>
 
 #include <cmath>
 #include <cstdint>
@@ -137,3 +141,4 @@ struct CUDAGuard {
 };
 inline int getCurrentCUDAStream() { return 0; }
 }  // namespace c10::cuda
+#endif

@@ -108,6 +108,7 @@ std::string problem;
 Pending pending;
 const void* site = nullptr;  // of the access
 size_t used = 0;  // bytes of the arena
+Memory* last = nullptr;  // accessed in this launch, during which none is freed
 int launches = 0, blocks_run = 0, block_number = 0, epoch = 0, running = 0;
 unsigned order = 0;
 
@@ -181,15 +182,12 @@ void record(Memory& m, const char* p, size_t bytes, Access kind) {
 }
 
 Memory* memory_at(const char* p, size_t bytes) {
-  static Memory* last = nullptr;
-  static size_t seen = 0;
-  if (last && seen == memories.size() && p >= last->begin && p + bytes <= last->begin + last->size) return last;
+  if (last && p >= last->begin && p + bytes <= last->begin + last->size) return last;
   auto it = memories.upper_bound(p);
   if (it == memories.begin()) return nullptr;
   Memory& m = std::prev(it)->second;
   if (p + bytes > m.begin + m.size) return nullptr;
-  last = &m, seen = memories.size();
-  return last;
+  return last = &m;
 }
 
 void enter() {
@@ -335,7 +333,7 @@ void run(const Config& given, const char* name, const void* kernel, const std::f
   const int64_t threads = int64_t{config.block.x} * config.block.y * config.block.z;
   TORCH_CHECK(threads <= 1024, "emulate: ", name, " has ", threads, " threads in a block: at most 1,024 can be launched");
   char here;
-  host_stack = &here, problem.clear(), ++launches, running = 1;
+  host_stack = &here, problem.clear(), last = nullptr, ++launches, running = 1;
   const auto blocks = permutation(config.grid.x * config.grid.y * config.grid.z);
   for (const int b : blocks) {
     block.x = b % config.grid.x, block.y = b / config.grid.x % config.grid.y, block.z = b / config.grid.x / config.grid.y;
