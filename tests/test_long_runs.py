@@ -107,10 +107,10 @@ def test_stopped_in_the_midst_of_the_region_maps_it_says_how_many_are_kept(tmp_p
     assert process.returncode == status and "Traceback" not in printed, printed
     kept = int(re.search(r"stopped: (\d+) of 300 region maps are kept; rerun the same command to go on", printed)[1])
     assert 0 < kept < 300 and json.loads((out / "regions.progress").read_text())["done"] == kept
-    printed = subprocess.run(
-        command(tmp_path, out, "--prepare", "--size", "224"), cwd=ROOT, capture_output=True, text=True
-    )
-    assert printed.returncode == 0 and f"{kept}/300" in printed.stderr
+    if number == signal.SIGTERM:
+        rest = command(tmp_path, out, "--prepare", "--size", "224")
+        printed = subprocess.run(rest, cwd=ROOT, capture_output=True, text=True)
+        assert printed.returncode == 0 and f"{kept}/300" in printed.stderr
 
 
 @pytest.mark.slow
