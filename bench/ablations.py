@@ -94,11 +94,10 @@ def carry_out(run: Run, data: dict, args, bar):
     figures, log = evaluate_run(run, folder, images, args), folder / "log.jsonl"
     last = json.loads(log.read_text().splitlines()[-1]) if run.epochs else {}
     packages = ("torch", "torchvision", "scikit-image", "numpy")
-    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
     about = {"row": run.row, "seed": run.seed, "epochs": run.epochs, "settings": run.settings(data)}
     about |= {"figures": figures, "last epoch": last, "hardware": machine(args.device)}
-    write_json(run.file(args.results, data), about | {"versions": versions | {"r2o": commit.stdout.strip()}})
+    write_json(run.file(args.results, data), about | {"versions": versions | {"r2o": args.commit}})
 
 
 def held_out(args) -> Path:
@@ -109,8 +108,7 @@ def hold_out(args):
     """Link the training images: HELD of every class in the folder val, the others in train."""
     images, classes = list_images(args.data), {}
     for i in range(len(images)):
-        path = Path(images.path(i)).resolve()
-        classes.setdefault(path.parent.name, []).append(path)
+        classes.setdefault(Path(os.fsdecode(images[i])).parts[0], []).append(Path(images.path(i)).resolve())
     for name, paths in classes.items():
         for part, some in (("val", paths[: rows.HELD]), ("train", paths[rows.HELD :])):
             folder = make_folder(held_out(args) / part / name)
@@ -187,6 +185,8 @@ def parse_args(argv):
 
 def work(args) -> int:
     if not args.report:
+        commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+        args.commit = commit.stdout.strip()  # now, and not when a run ends: files may change meanwhile
         data = identify(args)
         hold_out(args)
         execute(rows.sweep_runs(), data, args, "sweep")

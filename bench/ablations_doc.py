@@ -41,7 +41,8 @@ def table(title: str, epochs: int, paper: dict[str, str], done: Done) -> list[st
     for row, minus in [(row, "") for row in paper] + [(row, " − R2O") for row in compared]:
         by_seed, seeds = figures(row, epochs, done), len(rows.SEEDS) if row != "untrained" else 1
         cells = [rows.ROWS[row].title + minus, *["" if minus else paper[row] for _ in theirs]]
-        cells.append(f"{seeds}" if len(by_seed) == seeds else f"**{len(by_seed)} of {seeds}**")
+        found = len(differences(row, epochs, "k-NN", done)) if minus else len(by_seed)
+        cells.append(f"{seeds}" if found == seeds else f"**{found} of {seeds}**")
         for measure in MEASURES:
             values = [by_seed[seed][measure] for seed in sorted(by_seed)]
             values = differences(row, epochs, measure, done) if minus else values
@@ -51,8 +52,7 @@ def table(title: str, epochs: int, paper: dict[str, str], done: Done) -> list[st
 
 
 def sweep_table(swept: Done) -> list[str]:
-    runs = rows.sweep_runs()
-    columns = list(dict.fromkeys((run.row, run.lr_k) for run in runs))
+    runs, columns = rows.sweep_runs(), rows.SWEPT.values()
     names = [f"{rows.ROWS[row].title}, --lr-k {lr_k:g}" for row, lr_k in columns]
     lines = [f"## The sweep: k-NN top-1 on images held out, %, {rows.SWEEP} epochs", ""]
     lines += [f"| --lr | {' | '.join(names)} |", "|---" * (len(columns) + 1) + "|"]
@@ -97,6 +97,7 @@ def footer(done: Done, swept: Done, runs: int, images: int) -> list[str]:
     hours = sum(run.epochs * images / x["last epoch"]["images/s"] / 3600 for run, x in done.items() if run.epochs)
     about = sorted({f"{x['hardware']}, torch {x['versions']['torch']}" for x in (done | swept).values()})
     said = f"{len(done)} of {runs} runs after the sweep are finished, of {hours:.1f} hours of training one by one"
+    said = said if runs else "The sweep is not finished"
     return [*lines, f"{said}; hardware: {'; '.join(about) or 'none yet'}.", ""]
 
 
@@ -108,13 +109,16 @@ def write(results: Path, doc: Path):
     runs = rows.programme(rows.choose(swept)) if len(swept) == len(rows.sweep_runs()) else []
     done = finished(runs, results, data)
     lines = [BEGIN, "", *sweep_table(swept)]
-    for title, paper in rows.TABLES.items():
-        lines += table(title, rows.SHORT, paper, done)
-    lines += table("Longer", rows.LONG, dict.fromkeys(rows.LONGER, ""), done)
+    longer = dict.fromkeys(rows.LONGER, "")
+    tables = [(title, rows.SHORT, paper) for title, paper in rows.TABLES.items()] + [("Longer", rows.LONG, longer)]
+    for title, epochs, paper in tables:
+        if any(run.row in paper and run.epochs == epochs for run in done):
+            lines += table(title, epochs, paper, done)
     for epochs, names in ((rows.SHORT, [*rows.ROWS][2:]), (rows.LONG, [x for x in rows.LONGER if x != "r2o"])):
         path = doc.with_name(f"{doc.stem}-{epochs}.png")
-        plot(epochs, names, done, path)
-        lines += [f"![Paired differences to R2O after {epochs} epochs]({path.name})", ""]
+        if any(differences(row, epochs, "k-NN", done) for row in names):
+            plot(epochs, names, done, path)
+            lines += [f"![Paired differences to R2O after {epochs} epochs]({path.name})", ""]
     lines += [*footer(done, swept, len(runs), int(data["images"].split(",")[0])), END]
     text = doc.read_text() if doc.exists() else f"# Ablations\n\n{BEGIN}\n{END}\n"
     before, begin, rest = text.partition(BEGIN)

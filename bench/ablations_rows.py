@@ -9,7 +9,7 @@ from typing import NamedTuple
 class Row(NamedTuple):
     title: str
     flags: str = ""  # of train.py, after BASE
-    rates: str = "r2o"  # which of choose()'s learning rates
+    rates: str = "r2o"  # whose learning rate of the sweep
 
 
 # The paper's K over 4, but at least 6. DetCon's own prior finds one segment in 64 pixels: SLIC of 5 on average instead.
@@ -34,14 +34,17 @@ ROWS = {
     "128-to-4": Row("K = 128 → 4, not scaled", "--k-start 128 --k-end 4"),
     "linear": Row("R2O, linear schedule", "--schedule linear"),
     "region": Row("R2O, --assign region", "--assign region"),
+    "k-rate": Row("R2O, learning rate x K / 16", rates="r2o x K"),
     "ntxent": Row("R2O with NT-Xent", "--objective ntxent", "contrastive"),
     "odin": Row("Odin, K = 5", ODIN, "contrastive"),
 }
 SHORT, LONG, SEEDS = 10, 30, (0, 1, 2)  # epochs; seeds
 MAIN, LONGER = list(ROWS)[1:8], ("r2o", "byol", "fixed-16", "detcon")
 
-# The sweep: seed 0, so many epochs, and of each class so many training images held out for k-NN.
-RATES, LR_KS, SWEEP, HELD = (0.5, 1, 2, 4, 8), (0, 16), 3, 20
+# The sweep: seed 0, so many epochs, and of each class so many training images held out for k-NN; of Row.rates, the row
+# and --lr-k that stand for all others.
+RATES, SWEEP, HELD = (0.5, 1, 2, 4, 8), 3, 20
+SWEPT = {"r2o": ("r2o", 0), "r2o x K": ("r2o", 16), "byol": ("byol", 0), "contrastive": ("detcon", 0)}
 
 EVALUATIONS = {"k-NN": "-k 20 --size 64", "foreground": "--size 128", "overlap": "--size 128 -k 6 4"}
 MEASURES = {
@@ -78,6 +81,7 @@ TABLES = {
         "linear": "85.2; 72.2",
         "grid": "83.0; 72.7",
         "region": "",
+        "k-rate": "",
     },
     "Objectives and baselines (Table 7, Sec. 4.5)": {
         "untrained": "",
@@ -116,15 +120,13 @@ class Run(NamedTuple):
 
 
 def sweep_runs() -> list[Run]:
-    columns = [("r2o", lr_k) for lr_k in LR_KS] + [("byol", 0)]
-    return [Run(row, SWEEP, 0, lr, lr_k, sweep=True) for lr in RATES for row, lr_k in columns]
+    return [Run(row, SWEEP, 0, lr, lr_k, sweep=True) for lr in RATES for row, lr_k in SWEPT.values()]
 
 
 def choose(swept: dict[Run, dict]) -> dict[str, tuple[float, float]]:
-    """(lr, lr_k) by Row.rates: the best k-NN on the images held out, the first of equals. Contrastive objectives, which
-    do not multiply by K, take R2O's best without it. swept: the JSONs of all sweep_runs()."""
-    among = {"r2o": ("r2o", LR_KS), "byol": ("byol", (0,)), "contrastive": ("r2o", (0,))}
-    runs = {kind: [r for r in swept if r.row == row and r.lr_k in ks] for kind, (row, ks) in among.items()}
+    """(lr, lr_k) by Row.rates: the best k-NN on the images held out, the first of equals. swept: the JSONs of all
+    sweep_runs()."""
+    runs = {kind: [r for r in swept if (r.row, r.lr_k) == column] for kind, column in SWEPT.items()}
     best = {kind: max(some, key=lambda r: swept[r]["figures"]["k-NN"]) for kind, some in runs.items()}
     return {kind: (run.lr, run.lr_k) for kind, run in best.items()}
 

@@ -41,10 +41,15 @@ def small(monkeypatch, tmp_path, data):
     evaluations = {"k-NN": "-k 3 --size 32", "foreground": "--size 32", "overlap": "--size 32 -k 6 4"}
     chosen = {name: rows.ROWS[name] for name in ("untrained", "r2o", "byol", "grid")}
     settings = {"BASE": f"{base} --segments 20", "ROWS": chosen, "EVALUATIONS": evaluations, "MAIN": ["r2o", "byol"]}
-    settings |= {"SHORT": 1, "LONG": 2, "SEEDS": (0, 1), "RATES": (1, 2), "LR_KS": (0,), "SWEEP": 1, "HELD": 3}
+    settings |= {"SHORT": 1, "LONG": 2, "SEEDS": (0, 1), "RATES": (1, 2), "SWEEP": 1, "HELD": 3}
+    settings |= {"SWEPT": {"r2o": ("r2o", 0), "byol": ("byol", 0)}}
     settings |= {
         "LONGER": ("r2o", "byol"),
-        "TABLES": {"Table 4": {"grid": "77.6", "r2o": "85.5"}, "All": {"untrained": ""}},
+        "TABLES": {
+            "Table 4": {"grid": "77.6", "r2o": "85.5"},
+            "All": {"untrained": "", "byol": ""},
+            "Empty": {"x": ""},
+        },
     }
     for name, value in settings.items():
         monkeypatch.setattr(rows, name, value)
@@ -142,18 +147,19 @@ def test_results_of_other_images_are_refused(small, programs, tmp_path, capsys):
 
 
 def test_choices_by_hand():
-    """The best on held-out images, the first of equals; contrastive objectives never multiply by K."""
-    accuracy = {("r2o", 0.5, 0): 5, ("r2o", 1, 0): 7, ("r2o", 2, 0): 7, ("r2o", 0.5, 16): 9, ("byol", 2, 0): 8}
+    """The best on held-out images, the first of equals."""
+    accuracy = {("r2o", 1, 0): 7, ("r2o", 2, 0): 7, ("r2o", 0.5, 16): 9, ("byol", 2, 0): 8, ("detcon", 8, 0): 2}
     swept = {run: {"figures": {"k-NN": accuracy.get((run.row, run.lr, run.lr_k), 1)}} for run in rows.sweep_runs()}
-    assert rows.choose(swept) == {"r2o": (0.5, 16), "byol": (2, 0), "contrastive": (1, 0)}
+    assert rows.choose(swept) == {"r2o": (1, 0), "r2o x K": (0.5, 16), "byol": (2, 0), "contrastive": (8, 0)}
     by_row = {run.row: (run.lr, run.lr_k) for run in rows.programme(rows.choose(swept))}
-    assert by_row["fixed-6"] == (0.5, 16) and by_row["byol"] == (2, 0) and by_row["odin"] == (1, 0)
+    assert by_row["fixed-6"] == (1, 0) and by_row["byol"] == (2, 0) and by_row["odin"] == (8, 0)
+    assert by_row["k-rate"] == (0.5, 16)
 
 
 def test_train_accepts_the_flags_of_every_run():
-    runs = rows.programme({kind: (1, 0) for kind in ("r2o", "byol", "contrastive")})
+    runs = rows.programme({kind: (1, 0) for kind in rows.SWEPT})
     settings = {run: train.parse_args([*run.settings({})["train.py"].split(), "--data", "x"]) for run in runs[1:]}
-    assert len(settings) == 66 and {args.size for args in settings.values()} == {64}
+    assert len(settings) == 69 and {args.size for args in settings.values()} == {64}
     k = {run.row: (args.k_start, args.k_end, args.schedule) for run, args in settings.items()}
     assert k["r2o"] == (32, 6, "cosine") and k["rising"] == (6, 32, "cosine") and k["fixed-40"][::2] == (40, "constant")
     shown = {row for table in rows.TABLES.values() for row in table}
@@ -189,6 +195,7 @@ def test_the_document_has_every_row_and_keeps_what_is_around_its_tables(small, p
     main("--report")
     text = file.read_text()
     assert text.startswith("Before.\n") and text.endswith("\n\nAfter.\n") and "old" not in text
+    assert "## All, 1 epochs" in text and "## Empty" not in text
     assert (
         "| grid prior, K = 32 → 6 | 77.6 | **1 of 2** |" in text and "| untrained, batch norm calibrated | 1 |" in text
     )
@@ -221,6 +228,7 @@ def test_bad_arguments_end_in_one_line_and_status_2(flags, message, tmp_path, mo
 def test_the_programs_themselves(small, monkeypatch):
     """One row and one seed, trained and evaluated by the programs; figures have all measures."""
     monkeypatch.setattr(rows, "RATES", (1,))
+    monkeypatch.setattr(rows, "SWEPT", {"r2o": ("r2o", 0)})
     monkeypatch.setattr(rows, "programme", lambda rates: [Run("untrained", 0, 0, 0, 0), Run("r2o", 1, 0, 1, 0)])
     main, results = small
     main("--jobs", 2)
@@ -228,4 +236,4 @@ def test_the_programs_themselves(small, monkeypatch):
     run = json.loads(file.read_text())
     assert run["figures"].keys() >= {*rows.MEASURES, "SLIC prior", "grid"} and run["last epoch"]["epoch"] == 1
     assert run["versions"].keys() > {"torch", "r2o"} and "1 thread" in run["hardware"]
-    assert len(list(results.glob("*.json"))) == 5  # with data.json, and two of the sweep
+    assert len(list(results.glob("*.json"))) == 4  # with data.json, and one of the sweep
