@@ -60,9 +60,8 @@ def sweep_table(swept: Done) -> list[str]:
         found = [swept.get(run) for run in runs if run.lr == lr]  # in the order of the columns
         cells = [f"{x['figures']['k-NN']:.2f}" if x else "**not run**" for x in found]
         lines.append(f"| {lr:g} | {' | '.join(cells)} |")
-    if len(swept) == len(runs):
-        chosen = [f"`--lr {lr:g} --lr-k {lr_k:g}` ({kind})" for kind, (lr, lr_k) in rows.choose(swept).items()]
-        lines += ["", f"Chosen: {', '.join(chosen)}."]
+    chosen = [f"`--lr {lr:g} --lr-k {lr_k:g}` ({kind})" for kind, (lr, lr_k) in rows.choose(swept).items()]
+    lines += ["", f"Chosen: {', '.join(chosen)}."] if chosen else []
     return [*lines, ""]
 
 
@@ -97,7 +96,6 @@ def footer(done: Done, swept: Done, runs: int, images: int) -> list[str]:
     hours = sum(run.epochs * images / x["last epoch"]["images/s"] / 3600 for run, x in done.items() if run.epochs)
     about = sorted({f"{x['hardware']}, torch {x['versions']['torch']}" for x in (done | swept).values()})
     said = f"{len(done)} of {runs} runs after the sweep are finished, of {hours:.1f} hours of training one by one"
-    said = said if runs else "The sweep is not finished"
     return [*lines, f"{said}; hardware: {'; '.join(about) or 'none yet'}.", ""]
 
 
@@ -106,7 +104,7 @@ def write(results: Path, doc: Path):
     need((results / "data.json").exists(), f"no results in {results}: pass --data and --photos to make them")
     data = json.loads((results / "data.json").read_text())
     swept = finished(rows.sweep_runs(), results, data)
-    runs = rows.programme(rows.choose(swept)) if len(swept) == len(rows.sweep_runs()) else []
+    runs = rows.programme(rows.choose(swept))
     done = finished(runs, results, data)
     lines = [BEGIN, "", *sweep_table(swept)]
     longer = dict.fromkeys(rows.LONGER, "")

@@ -124,20 +124,22 @@ def sweep_runs() -> list[Run]:
 
 
 def choose(swept: dict[Run, dict]) -> dict[str, tuple[float, float]]:
-    """(lr, lr_k) by Row.rates: the best k-NN on the images held out, the first of equals. swept: the JSONs of all
-    sweep_runs()."""
-    runs = {kind: [r for r in swept if (r.row, r.lr_k) == column] for kind, column in SWEPT.items()}
-    best = {kind: max(some, key=lambda r: swept[r]["figures"]["k-NN"]) for kind, some in runs.items()}
+    """(lr, lr_k) by Row.rates: the best k-NN on the images held out, the first of equals. swept: the JSONs of finished
+    runs of the sweep; what is not swept to the end is left out."""
+    columns = {kind: [r for r in sweep_runs() if (r.row, r.lr_k) == column] for kind, column in SWEPT.items()}
+    complete = {kind: runs for kind, runs in columns.items() if all(run in swept for run in runs)}
+    best = {kind: max(runs, key=lambda r: swept[r]["figures"]["k-NN"]) for kind, runs in complete.items()}
     return {kind: (run.lr, run.lr_k) for kind, run in best.items()}
 
 
 def programme(rates: dict[str, tuple[float, float]]) -> list[Run]:
-    """All runs after the sweep, those that tell most first."""
+    """All runs after the sweep whose rates are known, those that tell most first."""
     rest = [row for row in ROWS if row not in ("untrained", *MAIN)]
     parts = [(MAIN, SHORT, SEEDS), (rest, SHORT, SEEDS[:1]), (LONGER, LONG, SEEDS[:1])]
     parts += [(rest, SHORT, SEEDS[1:]), (LONGER, LONG, SEEDS[1:])]
     each = [(row, epochs, seed) for rows, epochs, seeds in parts for seed in seeds for row in rows]
-    return [Run("untrained", 0, 0, 0, 0), *(Run(*x, *rates[ROWS[x[0]].rates]) for x in each)]
+    known = [x for x in each if ROWS[x[0]].rates in rates]
+    return [Run("untrained", 0, 0, 0, 0), *(Run(*x, *rates[ROWS[x[0]].rates]) for x in known)]
 
 
 def finished(runs: list[Run], results: Path, data: dict) -> dict[Run, dict]:

@@ -154,6 +154,9 @@ def test_choices_by_hand():
     by_row = {run.row: (run.lr, run.lr_k) for run in rows.programme(rows.choose(swept))}
     assert by_row["fixed-6"] == (1, 0) and by_row["byol"] == (2, 0) and by_row["odin"] == (8, 0)
     assert by_row["k-rate"] == (0.5, 16)
+    left = rows.choose({run: x for run, x in swept.items() if run != Run("detcon", rows.SWEEP, 0, 1, 0, sweep=True)})
+    assert left.keys() == {"r2o", "r2o x K", "byol"}  # DetCon's sweep is not finished
+    assert {run.row for run in rows.programme(left)} == rows.ROWS.keys() - {"detcon", "ntxent", "odin"}
 
 
 def test_train_accepts_the_flags_of_every_run():
