@@ -33,15 +33,17 @@ def differences(row: str, epochs: int, measure: str, done: Done) -> list[float]:
 
 
 def table(title: str, epochs: int, paper: dict[str, str], done: Done) -> list[str]:
-    """Figures, then paired differences, as Markdown. paper: its figures, by row."""
+    """Figures, then paired differences, as Markdown, of rows that have any. paper: its figures, by row."""
     theirs = ["paper"] * any(paper.values())
     head = ["", *theirs, "seeds", *MEASURES.values()]
     lines = [f"## {title}, {epochs} epochs", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     compared = [row for row in paper if row not in ("r2o", "untrained")]
     for row, minus in [(row, "") for row in paper] + [(row, " − R2O") for row in compared]:
         by_seed, seeds = figures(row, epochs, done), len(rows.SEEDS) if row != "untrained" else 1
-        cells = [rows.ROWS[row].title + minus, *["" if minus else paper[row] for _ in theirs]]
         found = len(differences(row, epochs, "k-NN", done)) if minus else len(by_seed)
+        if not found:
+            continue
+        cells = [rows.ROWS[row].title + minus, *["" if minus else paper[row] for _ in theirs]]
         cells.append(f"{seeds}" if found == seeds else f"**{found} of {seeds}**")
         for measure in MEASURES:
             values = [by_seed[seed][measure] for seed in sorted(by_seed)]
@@ -82,6 +84,7 @@ def plot(epochs: int, names: list[str], done: Done, path: Path):
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_title(f"{MEASURES[measure]}, minus R2O's", fontsize=9)
         axes.grid(axis="x", alpha=0.3)
+        axes.locator_params(axis="x", nbins=5)
         axes.tick_params(labelsize=8)
     figure.savefig(path, format="png", dpi=90)
 
@@ -110,12 +113,12 @@ def write(results: Path, doc: Path):
     longer = dict.fromkeys(rows.LONGER, "")
     tables = [(title, rows.SHORT, paper) for title, paper in rows.TABLES.items()] + [("Longer", rows.LONG, longer)]
     for title, epochs, paper in tables:
-        if any(run.row in paper and run.epochs == epochs for run in done):
+        if any(run.row in paper and run.row != "r2o" and run.epochs == epochs for run in done):
             lines += table(title, epochs, paper, done)
     for epochs, names in ((rows.SHORT, [*rows.ROWS][2:]), (rows.LONG, [x for x in rows.LONGER if x != "r2o"])):
         path = doc.with_name(f"{doc.stem}-{epochs}.png")
-        if any(differences(row, epochs, "k-NN", done) for row in names):
-            plot(epochs, names, done, path)
+        if shown := [row for row in names if differences(row, epochs, "k-NN", done)]:
+            plot(epochs, shown, done, path)
             lines += [f"![Paired differences to R2O after {epochs} epochs]({path.name})", ""]
     lines += [*footer(done, swept, len(runs), int(data["images"].split(",")[0])), END]
     text = doc.read_text() if doc.exists() else f"# Ablations\n\n{BEGIN}\n{END}\n"
