@@ -81,7 +81,7 @@ def build(out: Path, change=lambda name, text: text):
             subprocess.run([*command, "-c", source, "-o", target], check=True)
         return target
 
-    make(([*kernels, "-x", "c++-header"], CSRC / "emulate/cuda.h"), ".h.gch")  # 6 s a kernel less
+    make(([*kernels, "-x", "c++-header"], CSRC / "emulate/cuda.h"), ".h.gch")  # saves 6 s a kernel
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(make, jobs))
     libraries = [f"-L{path}" for path in library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch_python"]
