@@ -39,7 +39,7 @@ def table(title: str, epochs: int, paper: dict[str, str], done: Done) -> list[st
     lines = [f"## {title}, {epochs} epochs", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     compared = [row for row in paper if row not in ("r2o", "untrained")]
     for row, minus in [(row, "") for row in paper] + [(row, " − R2O") for row in compared]:
-        by_seed, seeds = figures(row, epochs, done), len(rows.SEEDS) if row != "untrained" else 1
+        by_seed, seeds = figures(row, epochs, done), len(rows.SEEDS[epochs]) if row != "untrained" else 1
         found = len(differences(row, epochs, "k-NN", done)) if minus else len(by_seed)
         if not found:
             continue

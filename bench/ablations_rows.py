@@ -38,8 +38,10 @@ ROWS = {
     "ntxent": Row("R2O with NT-Xent", "--objective ntxent", "contrastive"),
     "odin": Row("Odin, K = 5", ODIN, "contrastive"),
 }
-SHORT, LONG, SEEDS = 10, 30, (0, 1, 2)  # epochs; seeds
-MAIN, LONGER = list(ROWS)[1:8], ("r2o", "byol", "fixed-16", "detcon")
+SHORT, LONG = 10, 30  # epochs
+SEEDS = {SHORT: (0, 1, 2), LONG: (0,)}
+MAIN, LONGER = list(ROWS)[1:6], ("r2o", "byol", "fixed-16", "detcon")
+PRECISION = "--precision bfloat16"  # of all but the sweep: 1.4 times as fast on a CPU that computes in it
 
 # The sweep: seed 0, so many epochs, and of each class so many training images held out for k-NN; of Row.rates, the row
 # and --lr-k that stand for all others.
@@ -110,6 +112,7 @@ class Run(NamedTuple):
         """All that the figures follow from. data: what identifies images and device."""
         rates = f"--lr {self.lr:g} --lr-k {self.lr_k:g}"
         flags = f"{BASE} {ROWS[self.row].flags} {rates} --epochs {self.epochs} --seed {self.seed}"
+        flags += f" {PRECISION}" if self.epochs and not self.sweep else ""
         held = f"{HELD} training images of each class" if self.sweep else ""
         return {"train.py": " ".join(flags.split()), "held out": held, "evaluations": EVALUATIONS} | data
 
@@ -135,8 +138,8 @@ def choose(swept: dict[Run, dict]) -> dict[str, tuple[float, float]]:
 def programme(rates: dict[str, tuple[float, float]]) -> list[Run]:
     """All runs after the sweep whose rates are known, those that tell most first."""
     rest = [row for row in ROWS if row not in ("untrained", *MAIN)]
-    parts = [(MAIN, SHORT, SEEDS), (rest, SHORT, SEEDS[:1]), (LONGER, LONG, SEEDS[:1])]
-    parts += [(rest, SHORT, SEEDS[1:]), (LONGER, LONG, SEEDS[1:])]
+    seeds = SEEDS[SHORT]
+    parts = [(MAIN, SHORT, seeds), (LONGER, LONG, SEEDS[LONG]), (rest, SHORT, seeds[:1]), (rest, SHORT, seeds[1:])]
     each = [(row, epochs, seed) for rows, epochs, seeds in parts for seed in seeds for row in rows]
     known = [x for x in each if ROWS[x[0]].rates in rates]
     return [Run("untrained", 0, 0, 0, 0), *(Run(*x, *rates[ROWS[x[0]].rates]) for x in known)]

@@ -394,6 +394,26 @@ def test_a_compiled_encoder_trains_as_the_plain_one(photos, tmp_path, monkeypatc
     assert traced == [r2o.encode_c4, r2o.encode]
 
 
+def test_precision_is_that_of_the_networks_and_of_no_weight_or_op(photos, tmp_path):
+    convolved, losses, trained = [], [], []
+
+    def note(module, _, output):
+        if isinstance(module, torch.nn.Conv2d) and output.requires_grad and not output.is_meta:
+            convolved[-1].add(output.dtype)
+
+    with torch.nn.modules.module.register_module_forward_hook(note):
+        for precision in ("float32", "bfloat16"):
+            convolved.append(set())
+            out, flags = tmp_path / precision, [*SMALL, "--workers", "0", "--epochs", "1", "--precision", precision]
+            train.main(["--data", str(photos), "--out", str(out), *flags])
+            losses.append(json.loads((out / "log.jsonl").read_text())["loss"])
+            trained.append(load(out / "last.pth")["model"])
+    assert convolved == [{torch.float32}, {torch.bfloat16}]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
+    for a, b in zip(*(model.values() for model in trained), strict=True):
+        assert a.dtype == b.dtype != torch.bfloat16
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_batches_copied_ahead_to_a_gpu_are_those_of_the_loader():
     batches = [{"image": torch.full((4, 8), i).pin_memory(), "factors": torch.full((4,), i)} for i in range(5)]
