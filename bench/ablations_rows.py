@@ -35,6 +35,7 @@ ROWS = {
     "linear": Row("R2O, linear schedule", "--schedule linear"),
     "region": Row("R2O, --assign region", "--assign region"),
     "k-rate": Row("R2O, learning rate x K / 16", rates="r2o x K"),
+    "r2o-detcon": Row("R2O with DetCon's loss", "--objective detcon", "contrastive"),
     "ntxent": Row("R2O with NT-Xent", "--objective ntxent", "contrastive"),
     "odin": Row("Odin, K = 5", ODIN, "contrastive"),
 }
@@ -92,6 +93,7 @@ TABLES = {
         "odin": "–; 69.0 in Sec. 4.5",
         "byol": "",
         "detcon": "",
+        "r2o-detcon": "",
     },
 }
 
