@@ -49,7 +49,7 @@ def state() -> str:
 kills, ends = 0, 0
 while kills < count or ends == 0 or out.exists():
     pid = start()
-    began, wanted = time.monotonic(), chance.choice(["maps", "checkpoint", "any", "any"])
+    began, wanted = time.monotonic(), chance.choice(["maps", "checkpoint", "training", "any"]) if kills else "maps"
     patience = chance.uniform(0, 4)
     while not (done := os.waitpid(pid, os.WNOHANG)[0]):
         late = time.monotonic() - began

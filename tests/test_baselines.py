@@ -229,19 +229,19 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_one_two_and_four_processes_have_the_same_contrastive_loss_and_gradient(tmp_path):
+def test_one_and_four_processes_have_the_same_contrastive_loss_and_gradient(tmp_path):
     """Keys and sampled masks are those of the global batch; DDP averages gradients, also through gathered keys."""
     (tmp_path / "ranks.py").write_text(RANKS)
     said = []
-    for world in (1, 2, 4):
+    for world in (1, 4):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
         env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
         done = subprocess.run([*launch, tmp_path / "ranks.py"], env=env, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         said.append([[float(x) for x in line.split()[1:]] for line in done.stdout.splitlines()])
-    assert len(said[0]) == 2
-    for other in said[1:]:
-        np.testing.assert_allclose(other, said[0], rtol=1e-5)
+    one, four = said
+    assert len(one) == 2
+    np.testing.assert_allclose(four, one, rtol=1e-5)
 
 
 def learn(model, K, steps=30):

@@ -63,23 +63,11 @@ BREAKS = {
         "if (lane == 0) part[warp] = v;",
         "shared memory is read before it is written",
     ),
-    "a barrier removed between making lists and reading them": (
-        "kmeans.cu",
-        "counts[warp] = count;\n  __syncthreads();",
-        "counts[warp] = count;",
-        "shared memory is read before it is written",
-    ),
     "a barrier removed before the next round": (
         "kmeans.cu",
         "    __syncthreads();  // before the next round reads weights and writes picks\n",
         "",
         "a race (a read of what another thread has written",
-    ),
-    "a barrier removed between zeroing and counting": (
-        "region_pool.cu",
-        "pixels[i] = 0;\n  __syncthreads();",
-        "pixels[i] = 0;",
-        "shared memory is read before it is written",
     ),
     "an addition that is not atomic": (
         "region_pool.cu",
