@@ -17,6 +17,15 @@ from runtime.pictures import evenly, film_strip, paint
 from runtime.storage import save_or_warn
 
 
+def health(record: dict) -> str:
+    """An epoch's record in a line."""
+    return (
+        "epoch {epoch}: loss {loss:.3f}, spread {spread:.2f}, {masks:.1f} masks and {pairs:.1f} pairs per image, "
+        "{clusters:.1f} of {K} clusters used, the largest {largest:.1%}, {skipped} steps skipped, {unreadable} images "
+        "unreadable".format(**record)
+    )
+
+
 def alarms(record: dict, masks: str = "predicted") -> list[str]:
     """Signs in an epoch's record that training is failing. masks: of the model, "predicted" or "prior"."""
     found = []
@@ -111,11 +120,7 @@ class Report:
         if "loss" not in record:
             print("epoch {epoch}: all {skipped} steps were skipped, loss or gradients were not finite".format(**record))
         else:
-            print(
-                "epoch {epoch}: loss {loss:.3f}, spread {spread:.2f}, {masks:.1f} masks and {pairs:.1f} pairs per "
-                "image, {clusters:.1f} of {K} clusters used, the largest {largest:.1%}, {skipped} steps skipped, "
-                "{unreadable} images unreadable, {images/s:.0f} images/s".format(**record)
-            )
+            print(f"{health(record)}, {record['images/s']:.0f} images/s")
             for alarm in alarms(record, model.masks):
                 warn(f"epoch {record['epoch']}: {alarm}")
         sys.stdout.flush()
