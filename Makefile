@@ -1,5 +1,6 @@
 # Each target works on a fresh machine with python3, g++ and make; a GPU and a CUDA toolkit are used where they are.
 #   make demo    pretrain a small encoder on generated scenes, evaluate it, draw a film strip (5 minutes on 2 cores)
+#   make tour    write docs/method.md, its pictures and docs/method.ipynb again (5 minutes on 2 cores)
 #   make test    lint, build, run the tests (8 minutes on 2 cores, after 4 of installing)
 #   make bench   time every op, the mask step and the train step beside other ways to do them: 30 minutes on 2 cores
 #                DEVICE=cuda: on a GPU; BENCH="--images photos --authors DIR": flags of bench/bench.py
@@ -13,11 +14,16 @@ TORCH ?= torch==2.11.0 torchvision==0.26.0
 PY = .venv/bin/python
 DEVICE ?= cpu
 
-.PHONY: demo test bench gpu emulate sanitize lint clean always
+.PHONY: demo tour test bench gpu emulate sanitize lint clean always
 .DELETE_ON_ERROR:
 
 demo: build/done
 	$(PY) demo.py
+
+tour: build/done
+	$(PY) -m jupytext --quiet --to ipynb docs/method.py
+	$(PY) -m jupyter nbconvert --execute --to markdown --no-input --NbConvertApp.output_files_dir=method docs/method.ipynb
+	sed -i 's/!\[png\](method\/\(\w*\)/![\1](method\/\1/' docs/method.md
 
 test: lint build/done
 	$(PY) -m pytest -n 2 --dist worksteal
@@ -48,7 +54,7 @@ lint: .venv/done
 .venv/done: Makefile
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q $(TORCH) scikit-image tqdm pybind11 ninja 'setuptools>=70.1,<82' ruff==0.17.6 pytest hypothesis tensorboard \
-		pycocotools safetensors timm matplotlib pytest-xdist
+		pycocotools safetensors timm matplotlib pytest-xdist jupytext nbconvert ipykernel
 	touch $@
 
 build/done: .venv/done setup.py $(wildcard csrc/*.* csrc/*/*) $(if $(wildcard r2o_C*.so),,always)

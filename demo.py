@@ -196,7 +196,8 @@ def demo() -> int:
     (args.out / "demo.json").write_text(json.dumps({name: rows.tolist() for name, rows in table.items()}, indent=1))
     print(f"\n{len(images)} held-out scenes, {len(args.seeds)} run(s) of {EPOCHS} epochs of {args.scenes} scenes")
     print_table(table)
-    print(f"\nfilm strip: {args.out / f'seed{args.seeds[0]}/film.png'}")
+    print(f"\nimage, prior, masks before and during training, truth: {args.out / f'seed{args.seeds[0]}/film.png'}")
+    print("how such masks come about, in 13 pictures: docs/method.md; your own images: README.md, Pretrain")
     return 0
 
 
