@@ -48,7 +48,7 @@ def table(title: str, epochs: int, paper: dict[str, str], done: Done) -> list[st
         for measure in MEASURES:
             values = [by_seed[seed][measure] for seed in sorted(by_seed)]
             values = differences(row, epochs, measure, done) if minus else values
-            cells.append(summary(values, 1 if measure == "k-NN" else 3, "+" if minus else ""))
+            cells.append(summary(values, 2 if measure == "k-NN" else 3, "+" if minus else ""))
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -98,7 +98,7 @@ def footer(done: Done, swept: Done, runs: int, images: int) -> list[str]:
             lines[-1] += f"grid {x['figures']['grid']:.3f}."
     hours = sum(run.epochs * images / x["last epoch"]["images/s"] / 3600 for run, x in done.items() if run.epochs)
     about = sorted({f"{x['hardware']}, torch {x['versions']['torch']}" for x in (done | swept).values()})
-    said = f"{len(done)} of {runs} runs after the sweep are finished, of {hours:.1f} hours of training one by one"
+    said = f"{len(done)} of {runs} runs after the sweep are finished; they took {hours:.1f} hours, one by one"
     return [*lines, f"{said}; hardware: {'; '.join(about) or 'none yet'}.", ""]
 
 
@@ -113,13 +113,14 @@ def write(results: Path, doc: Path):
     longer = dict.fromkeys(rows.LONGER, "")
     tables = [(title, rows.SHORT, paper) for title, paper in rows.TABLES.items()] + [("Longer", rows.LONG, longer)]
     for title, epochs, paper in tables:
-        if any(run.row in paper and run.row != "r2o" and run.epochs == epochs for run in done):
+        shown = [run.row for run in done if run.row in paper and run.epochs == epochs]
+        if shown and (shown != ["r2o"] or epochs == rows.LONG):
             lines += table(title, epochs, paper, done)
     for epochs, names in ((rows.SHORT, [*rows.ROWS][2:]), (rows.LONG, [x for x in rows.LONGER if x != "r2o"])):
         path = doc.with_name(f"{doc.stem}-{epochs}.png")
         if shown := [row for row in names if differences(row, epochs, "k-NN", done)]:
             plot(epochs, shown, done, path)
-            lines += [f"![Paired differences to R2O after {epochs} epochs]({path.name})", ""]
+            lines += [f"![Paired differences to R2O after {epochs} epochs, a dot per seed]({path.name})", ""]
     lines += [*footer(done, swept, len(runs), int(data["images"].split(",")[0])), END]
     text = doc.read_text() if doc.exists() else f"# Ablations\n\n{BEGIN}\n{END}\n"
     before, begin, rest = text.partition(BEGIN)

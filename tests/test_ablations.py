@@ -182,9 +182,9 @@ def test_means_spreads_and_paired_differences_by_hand():
     assert doc.differences("byol", 10, "k-NN", done) == [1, 3]
     assert doc.differences("byol", 30, "k-NN", done) == []
     lines = doc.table("T", 10, {"byol": "65.1", "r2o": "71.6"}, done)
-    assert lines[4].startswith("| BYOL | 65.1 | **2 of 3** | 22.0 ± 15.6 | 22.000 ± 15.556 |")
-    assert lines[5].startswith("| R2O, K = 32 → 6 | 71.6 | 3 | 20.0 ± 10.0 |")
-    assert lines[6].startswith("| BYOL − R2O |  | **2 of 3** | +2.0 ± 1.4 | +2.000 ± 1.414 |")
+    assert lines[4].startswith("| BYOL | 65.1 | **2 of 3** | 22.00 ± 15.56 | 22.000 ± 15.556 |")
+    assert lines[5].startswith("| R2O, K = 32 → 6 | 71.6 | 3 | 20.00 ± 10.00 |")
+    assert lines[6].startswith("| BYOL − R2O |  | **2 of 3** | +2.00 ± 1.41 | +2.000 ± 1.414 |")
 
 
 def test_the_document_has_every_row_and_keeps_what_is_around_its_tables(small, programs, tmp_path, monkeypatch, capsys):
