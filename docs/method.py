@@ -68,11 +68,11 @@ from matplotlib.patches import Rectangle
 from skimage import data, io as files
 
 import r2o
-from demo import mean_overlap, scene
+from demo import mean_overlap, predict, scene
 from evals.common import calibrate, group_masks
 from evals.measures import best_overlap, objects_of
 from runtime.loader import network_input
-from runtime.pictures import gray, palette, resize_labels
+from runtime.pictures import palette, resize_labels
 from runtime.report import alarms, health
 from runtime.weights import load_encoder
 
@@ -96,7 +96,7 @@ def paint(image, ids):
     ids = resize_labels(ids, image.shape[1:])
     few = ids.max() < len(SAFE)
     color = torch.tensor(SAFE)[ids] / 255 if few else palette(ids)
-    mixed = 0.85 * color + 0.15 * gray(image[None] / 255)[0].movedim(0, -1)
+    mixed = 0.85 * color + 0.15 * r2o.gray(image[None] / 255)[0].movedim(0, -1)
     return outline(mixed, ids, [1.0, 1.0, 1.0]) if few else mixed
 
 
@@ -475,16 +475,10 @@ def make_scenes(count, first):
 
 
 @torch.no_grad()
-def masks_of(net, images, regions, k):
-    features = [r2o.encode_c4(net.eval(), r2o.normalize(x)) for x in images.split(B)]
-    return torch.cat([group_masks(x, y, k, "pixel", seed=0) for x, y in zip(features, regions.split(B))])
-
-
-@torch.no_grad()
 def compare(model, batch, k=6):
     """Losses, Eq. (4), of predictions for the same mask in the other view, and for other masks of the image there."""
     model = copy.deepcopy(model)  # whose statistics of batch norm may change
-    m = masks_of(model.target["encoder"], batch["image"].movedim(-1, 1), batch["regions"], k)
+    m = predict(model.target["encoder"], batch["image"].movedim(-1, 1), batch["regions"], k, "pixel")
     _, views = network_input(batch)
     weights, pairs = r2o.masks_in_views(m, batch["boxes"], batch["flips"], k, views.shape[-1] // 8)
     h, h_target = (
@@ -509,19 +503,19 @@ for stats in train(model, scenes, scene_regions, schedule):
     epoch, rest = divmod(len(log), steps)
     if rest == 0:
         losses.append(compare(model, test))
-        film[epoch] = copy.deepcopy(model.target["encoder"])
+        film[epoch] = copy.deepcopy(model.target["encoder"]).eval()
 figure, axis = plt.subplots(figsize=(6, 3))
 for values, style, label in zip(zip(*losses), ("-", "--"), ("the same mask", "another mask of the image")):
     axis.plot(values, style, label=label)
 axis.set(xlabel="epoch", ylabel="loss, Eq. (4), in the other view", ylim=(0, None))
 axis.legend()
 show("loss", figure)
-about_training(losses[-1][0], 0.67)
-about_training(losses[-1][1], 1.35)
+about_training(losses[-1][0], 0.68)
+about_training(losses[-1][1], 1.33)
 
 # %% [markdown]
 # *Look at the gap. In the first epoch both losses fall: every q moves to the average of all z, which fits any mask equally. Then the loss
-# for the mask itself goes on falling, to 0.67, and that for other masks of the image rises, to 1.35:* to do better than the average, q must
+# for the mask itself goes on falling, to 0.68, and that for other masks of the image rises, to 1.33:* to do better than the average, q must
 # tell which mask it comes from. No term of the loss pushes masks apart.
 #
 # ## 10. The schedule
@@ -569,10 +563,14 @@ about(max(rates), 38.4)
 # The target network's masks of held-out scenes, in the training of section 9:
 
 # %%
-columns = {"image": held_out, "prior": held_regions, "untrained\nK = 6": masks_of(untrained, held_out, held_regions, 6)}
+columns = {
+    "image": held_out,
+    "prior": held_regions,
+    "untrained\nK = 6": predict(untrained, held_out, held_regions, 6, "pixel"),
+}
 for epoch in range(0, EPOCHS + 1, EPOCHS // 4):
     k = schedule(max(epoch * steps - 1, 0))[0]
-    columns[f"epoch {epoch}\nK = {k}"] = m = masks_of(film[epoch], held_out, held_regions, k)
+    columns[f"epoch {epoch}\nK = {k}"] = m = predict(film[epoch], held_out, held_regions, k, "pixel")
 columns["objects"] = truth
 pictures = [("", x[i] if x is held_out else paint(held_out[i], x[i])) for i in (0, 2, 5, 9) for x in columns.values()]
 pictures[: len(columns)] = [(title, x) for title, (_, x) in zip(columns, pictures)]
@@ -631,7 +629,7 @@ assert (
 
 # %%
 flat = torch.full((1, 3, S, S), 127, dtype=torch.uint8)
-frame = masks_of(encoder, flat, r2o.slic_regions(flat[0], 100, S // 4)[None], 4)
+frame = predict(encoder, flat, r2o.slic_regions(flat[0], 100, S // 4)[None], 4, "pixel")
 pairs_of = [(x, o) for x, ids in zip(m, truth) for o in objects_of(ids)[0]]
 sizes, overlaps = np.array([(int(o.sum()), float(best_overlap(x, o[None]))) for x, o in pairs_of]).T
 pictures = [("one gray, K = 4", paint(flat[0], frame[0])), ("a dark sky", images[4])]

@@ -394,7 +394,7 @@ def test_a_compiled_encoder_trains_as_the_plain_one(photos, tmp_path, monkeypatc
     assert traced == [r2o.encode_c4, r2o.encode]
 
 
-def test_precision_is_that_of_the_networks_and_of_no_weight_or_op(photos, tmp_path):
+def test_precision_is_that_of_the_networks_and_not_of_their_weights(photos, tmp_path):
     convolved, losses, trained = [], [], []
 
     def note(module, _, output):
