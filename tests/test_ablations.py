@@ -94,7 +94,7 @@ SWEEP = ["sweep-r2o-1-0", "sweep-byol-1-0", "sweep-r2o-2-0", "sweep-byol-2-0"]
 SHORT = ["r2o-1-0", "byol-1-0", "r2o-1-1", "byol-1-1"]
 
 
-def test_what_tells_most_runs_first_and_a_rerun_runs_only_what_is_missing(small, programs, capsys):
+def test_the_most_informative_rows_run_first_and_a_rerun_runs_only_missing_ones(small, programs, capsys):
     main, results = small
     called, fail = programs
     fail.add("byol-1-1")
@@ -121,7 +121,7 @@ def test_the_sweep_sees_neither_test_images_nor_photographs(small, programs, dat
     assert len(names["train"]) == 18 and len(names["val"]) == 9 and not names["train"] & names["val"]
 
 
-def test_figures_of_other_settings_are_not_mistaken(small, programs, monkeypatch):
+def test_results_of_other_settings_are_not_reused(small, programs, monkeypatch):
     main, results = small
     main()
     run = rows.sweep_runs()[0]
@@ -146,7 +146,7 @@ def test_results_of_other_images_are_refused(small, programs, tmp_path, capsys):
     assert end.value.code == 2 and "other data or another device" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_choices_by_hand():
+def test_the_sweep_chooses_the_best_rate_the_first_of_equals():
     """The best on held-out images, the first of equals."""
     accuracy = {("r2o", 1, 0): 7, ("r2o", 2, 0): 7, ("r2o", 0.5, 16): 9, ("byol", 2, 0): 8, ("detcon", 8, 0): 2}
     swept = {run: {"figures": {"k-NN": accuracy.get((run.row, run.lr, run.lr_k), 1)}} for run in rows.sweep_runs()}
@@ -187,7 +187,9 @@ def test_means_spreads_and_paired_differences_by_hand():
     assert lines[6].startswith("| BYOL − R2O |  | **2 of 3** | +2.00 ± 1.41 | +2.000 ± 1.414 |")
 
 
-def test_the_document_has_every_row_and_keeps_what_is_around_its_tables(small, programs, tmp_path, monkeypatch, capsys):
+def test_the_document_has_every_row_and_keeps_the_text_around_its_tables(
+    small, programs, tmp_path, monkeypatch, capsys
+):
     main, _ = small
     file = tmp_path / "doc.md"
     file.write_text(f"Before.\n\n{doc.BEGIN}\nold\n{doc.END}\n\nAfter.\n")
@@ -228,7 +230,7 @@ def test_bad_arguments_end_in_one_line_and_status_2(flags, message, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_the_programs_themselves(small, monkeypatch):
+def test_one_row_trains_and_is_evaluated_end_to_end(small, monkeypatch):
     """One row and one seed, trained and evaluated by the programs; figures have all measures."""
     monkeypatch.setattr(rows, "RATES", (1,))
     monkeypatch.setattr(rows, "SWEPT", {"r2o": ("r2o", 0)})

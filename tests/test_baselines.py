@@ -65,7 +65,7 @@ def rows(P, N, D, masks, seed):
 @given(
     st.integers(1, 7), st.integers(1, 9), st.integers(1, 5), st.integers(1, 8), st.integers(0, 999), st.floats(0.05, 2)
 )
-def test_the_contrastive_loss_is_detcon_s_row_by_row(P, N, D, masks, seed, temperature):
+def test_the_contrastive_loss_equals_detcon_s_row_by_row(P, N, D, masks, seed, temperature):
     args = rows(P, N, D, masks, seed)
     want = slow_contrastive_loss(*args, temperature)
     torch.testing.assert_close(r2o.contrastive_loss(*args, temperature), want)
@@ -84,7 +84,7 @@ def test_the_contrastive_loss_by_hand():
     assert loss.item() == pytest.approx(-np.log(e(2) / (e(2) + e(0) + e(-2))) / 2)
 
 
-def test_a_row_without_a_positive_costs_nothing_but_is_a_negative_of_others():
+def test_a_row_without_a_positive_has_no_loss_but_is_a_negative_for_others():
     q, z_same, z_other, ids, ids_same, ids_other = rows(4, 6, 3, 5, 0)
     ids_other[:] = 99
     q.requires_grad_()
@@ -101,7 +101,7 @@ def test_gradients_of_the_contrastive_loss_reach_queries_and_keys():
     assert gradcheck(lambda *x: r2o.contrastive_loss(*x, *ids), inputs)
 
 
-def test_the_contrastive_loss_is_computed_in_full_precision_inside_autocast():
+def test_the_contrastive_loss_is_computed_in_full_precision_under_autocast():
     q, z_same, z_other, *ids = (x.float() if x.is_floating_point() else x for x in rows(5, 9, 16, 3, 2))
     want = r2o.contrastive_loss(q, z_same, z_other, *ids)
     with torch.autocast("cpu", torch.bfloat16):
@@ -111,7 +111,7 @@ def test_the_contrastive_loss_is_computed_in_full_precision_inside_autocast():
 # ---- sampled masks --------------------------------------------------------------------------------------------------
 
 
-def test_masks_are_sampled_uniformly_among_those_present_whatever_their_size():
+def test_present_masks_are_sampled_uniformly_regardless_of_size():
     weight = torch.tensor([[30.0, 0, 0.002, 5, 1e-4], [0, 0, 0, 0, 1], [0, 0, 1e-3, 0, 0]])
     ids = r2o.sample_masks(weight, 3000, rng())
     assert ids.dtype == torch.int64 and ids.shape == (3, 3000)
@@ -140,7 +140,7 @@ def contrastive(objective="detcon", kind=Contrastive, **options):
     return model
 
 
-def test_hard_masks_give_every_cell_to_one_mask_the_one_that_covers_most():
+def test_hard_masks_assign_each_cell_to_the_mask_that_covers_most_of_it():
     _, _, regions, boxes, flips = batch()
     hard = hard_masks(regions, boxes, flips, 20, 7)
     soft = torch.cat([r2o.crop_masks(regions, boxes[:, v], flips[:, v], 20, 7) for v in (0, 1)])
@@ -149,7 +149,7 @@ def test_hard_masks_give_every_cell_to_one_mask_the_one_that_covers_most():
 
 
 @pytest.mark.parametrize("objective", ["detcon", "ntxent"])
-def test_forward_is_the_loss_of_16_sampled_masks_of_every_view(objective):
+def test_forward_is_the_loss_over_16_sampled_masks_of_each_view(objective):
     """Spelled out: dense masks made hard, samples in the order of the generator, every row and key by itself."""
     model, args = contrastive(objective, masks="prior"), batch()
     loss, stats = model(*args, 5, rng(7))
@@ -184,7 +184,7 @@ def test_forward_is_the_loss_of_16_sampled_masks_of_every_view(objective):
     assert model(*args, 5, rng(7))[0] != loss
 
 
-def test_sampling_masks_leaves_k_means_random_numbers_as_they_are():
+def test_sampling_masks_does_not_change_the_random_numbers_of_k_means():
     """So micro-batches cluster as the full batch would, whatever the objective."""
     states = []
     for model in (contrastive(), r2o.R2O("tiny", 20, kmeans_group=2, hidden=16, dim=8)):
@@ -229,7 +229,7 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_one_and_four_processes_have_the_same_contrastive_loss_and_gradient(tmp_path):
+def test_the_contrastive_loss_and_gradient_do_not_depend_on_the_number_of_processes(tmp_path):
     """Keys and sampled masks are those of the global batch; DDP averages gradients, also through gathered keys."""
     (tmp_path / "ranks.py").write_text(RANKS)
     said = []
@@ -268,12 +268,12 @@ def learn(model, K, steps=30):
         (Odin, {"discovery_tau": 0.99, "kmeans_group": 1}),
     ],
 )
-def test_a_contrastive_model_learns_one_batch_and_does_not_collapse(kind, options):
+def test_a_contrastive_model_overfits_one_batch_without_collapsing(kind, options):
     seen = learn(contrastive(kind=kind, hidden=32, dim=16, **options), 4)
     assert seen[-5:, 0].mean() < 0.75 * seen[0, 0] and seen[-1, 1] > 0.4
 
 
-def test_the_memory_of_a_contrastive_loss_is_foreseen(monkeypatch):
+def test_the_memory_estimate_includes_the_contrastive_loss(monkeypatch):
     """Against what the loss of both directions keeps for its backward pass; 8 bytes a cosine more are for that pass."""
     model, device, kept = contrastive(), torch.device("cpu"), {}
     plain = r2o.R2O("tiny", 20, hidden=16, dim=8)
@@ -297,7 +297,7 @@ def test_the_memory_of_a_contrastive_loss_is_foreseen(monkeypatch):
 # ---- masks of the prior, Table 4 ------------------------------------------------------------------------------------
 
 
-def test_with_masks_of_the_prior_every_region_is_a_mask_and_nothing_is_clustered(monkeypatch):
+def test_with_masks_prior_each_region_is_a_mask_and_nothing_is_clustered(monkeypatch):
     monkeypatch.setattr(r2o, "kmeans_seeded", None)
     torch.manual_seed(0)
     model = r2o.R2O("tiny", num_regions=20, hidden=16, dim=8, masks="prior")
@@ -312,7 +312,7 @@ def test_with_masks_of_the_prior_every_region_is_a_mask_and_nothing_is_clustered
 
 
 @pytest.mark.parametrize("flags, K", [("--prior grid", 196), ("--prior slic --segments 20", 20)])
-def test_table_4_without_mask_prediction_has_as_many_clusters_as_segments(photos, tmp_path, flags, K):
+def test_table_4_without_mask_prediction_has_one_cluster_per_segment(photos, tmp_path, flags, K):
     """K also scales the learning rate, and does not change."""
     flags = [*SMALL, *flags.split(), *"--masks prior --epochs 2 --lr-k 16 --batch-size 6 --workers 0".split()]
     train.main(["--data", str(photos), "--out", str(tmp_path), *flags])
@@ -344,7 +344,7 @@ def test_all_rows_of_tables_4_and_9_are_command_lines():
 # ---- DetCon's prior -------------------------------------------------------------------------------------------------
 
 
-def test_fh_segments_the_image_at_its_own_size():
+def test_fh_segments_an_image_at_its_original_size():
     from skimage.segmentation import felzenszwalb
 
     image = np.full((300, 420, 3), 40, np.uint8)
@@ -363,7 +363,7 @@ def test_fh_segments_the_image_at_its_own_size():
     )
 
 
-def test_fh_segments_of_a_large_busy_image_still_fit_a_byte(monkeypatch):
+def test_fh_segment_ids_of_a_large_busy_image_fit_in_a_byte(monkeypatch):
     import skimage.segmentation
 
     asked = []
@@ -378,12 +378,12 @@ def test_fh_segments_of_a_large_busy_image_still_fit_a_byte(monkeypatch):
     assert asked == [1000, 1407]  # 256 segments of 1,407 pixels are the whole image
 
 
-def test_an_image_without_pixels_has_no_fh_segments():
+def test_fh_refuses_an_image_without_pixels():
     with pytest.raises(ValueError, match="an image of 0 x 5 pixels has no segments"):
         r2o.fh_regions(torch.zeros(3, 5, 0, dtype=torch.uint8))
 
 
-def test_maps_of_fh_are_not_taken_for_slic_s(photos, tmp_path, refuse):
+def test_fh_maps_are_not_mistaken_for_slic_maps(photos, tmp_path, refuse):
     flags = ["--data", photos, *SMALL, "--workers", "0", "--regions", tmp_path / "maps.npy"]
     train.main([*map(str, flags), "--out", str(tmp_path / "a"), "--prior", "fh", "--prepare"])
     header = json.loads((tmp_path / "maps.json").read_text())
@@ -394,7 +394,7 @@ def test_maps_of_fh_are_not_taken_for_slic_s(photos, tmp_path, refuse):
 # ---- SimCLR's views, Odin's crops -----------------------------------------------------------------------------------
 
 
-def test_simclr_s_views_are_jittered_more_blurred_half_the_time_and_never_solarized():
+def test_simclr_views_are_jittered_more_blurred_half_the_time_and_never_solarized():
     generator = np.random.default_rng(0)
     views = [np.array([r2o.draw_factors(generator, v, "simclr") for _ in range(2000)]) for v in (0, 1)]
     for x in views:
@@ -408,7 +408,7 @@ def test_simclr_s_views_are_jittered_more_blurred_half_the_time_and_never_solari
 
 @fuzz
 @given(st.integers(5, 80), st.integers(5, 80), st.integers(0, 10**6))
-def test_the_spanning_crop_is_the_smallest_that_holds_both_views(h, w, seed):
+def test_the_spanning_crop_is_the_smallest_that_contains_both_views(h, w, seed):
     """Its boxes cut the very pixels out of it that the views' boxes cut out of the whole image."""
     image = torch.arange(h * w).view(1, h, w)
     views = r2o.draw_views(torch.zeros(3, h, w, dtype=torch.uint8), 32, np.random.default_rng(seed))
@@ -423,7 +423,7 @@ def test_the_spanning_crop_is_the_smallest_that_holds_both_views(h, w, seed):
     assert boxes[:, :2].amin(0).tolist() == [0, 0] and boxes[:, 2:].amax(0).tolist() == [1, 1]
 
 
-def test_odin_sees_the_spanning_crop_and_the_others_the_whole_image(photos, tmp_path):
+def test_odin_takes_the_spanning_crop_and_others_the_whole_image(photos, tmp_path):
     images = list_images(photos)
     maps, header = region_maps(images, tmp_path / "regions.npy", prior="grid", size=8)
     whole, spanning = (ImageRegions(images, maps, header, 32, spanning=s)[0, 3] for s in (False, True))
@@ -431,7 +431,7 @@ def test_odin_sees_the_spanning_crop_and_the_others_the_whole_image(photos, tmp_
     assert not torch.equal(whole["image"], spanning["image"]) and not torch.equal(whole["boxes"], spanning["boxes"])
 
 
-def test_odin_s_masks_come_from_a_second_network_with_a_momentum_of_its_own(monkeypatch):
+def test_odin_predicts_masks_with_a_second_target_network_of_another_momentum(monkeypatch):
     model = contrastive(kind=Odin, discovery_tau=0.5, kmeans_group=1)
     before = {
         name: [p.clone() for p in net.parameters()] for name, net in (("d", model.discovery), ("t", model.target))
@@ -475,7 +475,7 @@ def test_flags_choose_the_model_and_its_views(photos, tmp_path, flags, kind, mas
     assert model.kmeans_group == (1 if masks == "prior" or kind is Odin else 4)
 
 
-def test_the_strip_shows_what_training_masks_with_and_changes_nothing(photos, tmp_path):
+def test_the_strip_shows_the_masks_of_training_and_has_no_side_effects(photos, tmp_path):
     """In eval mode, on rank 0 alone: SyncBatchNorm in train mode would wait for the others."""
     args = train.parse_args(["--data", str(photos), "--out", str(tmp_path), *SMALL, "--workers", "0", *ODIN.split()])
     data = train.open_data(args, list_images(photos), args.regions)
@@ -496,7 +496,7 @@ def test_the_strip_shows_what_training_masks_with_and_changes_nothing(photos, tm
     assert torch.equal(shown.masks[0][2].long(), m[evenly(24, 8)])
 
 
-def test_micro_batches_of_a_contrastive_objective_warn_of_fewer_negatives(photos, tmp_path, capsys):
+def test_micro_batches_warn_that_a_contrastive_loss_has_fewer_negatives(photos, tmp_path, capsys):
     flags = [*SMALL, "--workers", "0", "--epochs", "1", "--objective", "detcon", "--accum", "2"]
     train.main(["--data", str(photos), "--out", str(tmp_path), *flags])
     assert "--accum limits negatives to the 4 images of a micro-batch" in capsys.readouterr().err
@@ -514,7 +514,7 @@ def test_micro_batches_of_a_contrastive_objective_warn_of_fewer_negatives(photos
         ODIN,
     ],
 )
-def test_a_run_of_every_baseline_ends_with_weights_and_resumes_to_the_same_bits(photos, tmp_path, flags, monkeypatch):
+def test_every_baseline_trains_and_resumes_bit_identically(photos, tmp_path, flags, monkeypatch):
     from runtime import distributed
 
     def run(out, *more):
@@ -555,7 +555,7 @@ def test_a_run_of_every_baseline_ends_with_weights_and_resumes_to_the_same_bits(
         ("--objective simclr", "invalid choice: 'simclr'"),
     ],
 )
-def test_flags_that_do_not_go_together_are_refused(photos, tmp_path, refuse, flags, said):
+def test_incompatible_flags_are_refused(photos, tmp_path, refuse, flags, said):
     assert said in refuse("--data", photos, "--out", tmp_path, *SMALL, "--workers", "0", *flags.split())
     assert not list(tmp_path.iterdir())
 

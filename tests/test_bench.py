@@ -18,7 +18,7 @@ def bench(*args, before="pass"):
 
 
 @pytest.mark.slow
-def test_contestants_of_the_evaluation_shapes_find_the_same_clusters(tmp_path):
+def test_all_contestants_of_the_evaluation_shapes_reach_the_same_inertia(tmp_path):
     """On smaller problems than the bench's own."""
     small = "bench.EVALUATION = [(8, 49, 64), (4, 196, 64), (2, 784, 64)]"
     run = bench("--only", "evaluation", "--seconds", 0, "--out", tmp_path, before=small)
@@ -54,7 +54,7 @@ def test_without_a_gpu_make_gpu_says_so_and_ends_with_status_2():
     assert run.stderr == "bench/gpu.py: error: PyTorch sees no GPU here: run it on a machine that has one\n"
 
 
-def test_figures_of_a_gpu_are_compared_with_the_goals_in_the_documentation():
+def test_gpu_results_are_compared_with_the_documented_targets():
     script = f"import sys; sys.path.insert(0, {str(BENCH.parent)!r}); import gpu; goals = gpu.GOALS; "
     script += "print(*gpu.compare(dict(goals)), *gpu.compare({k: 2 * v for k, v in goals.items()}), sep='\\n'); "
     script += "print(*goals.values(), sep='\\n')"

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 import r2o
 
 
-def test_the_paper_s_numbers():
+def test_k_has_the_paper_s_values_at_epochs_100_200_and_300():
     """Fig. 5: 119, 74 and 4 clusters after 100, 200 and 300 epochs, 128 up to epoch 40."""
     assert [r2o.num_clusters(t, 300) for t in (0, 1, 40, 100, 200, 300)] == [128, 128, 128, 119, 74, 4]
     assert r2o.num_clusters(41, 300) < 128
 
 
-def test_other_schedules_of_table_9():
+def test_the_other_schedules_of_table_9():
     assert [r2o.num_clusters(t, 100, 64, 4, 0, "linear") for t in (0, 50, 100)] == [64, 34, 4]
     assert {r2o.num_clusters(t, 100, 16, 4, 0, "constant") for t in range(101)} == {16}
     rising = [r2o.num_clusters(t, 100, 4, 128, 0, "cosine") for t in range(101)]
@@ -39,7 +39,7 @@ def test_k_runs_monotonically_from_start_to_end(epochs, start, end, hold, schedu
 
 
 @pytest.mark.parametrize("bad", [{"schedule": "square"}, {"k_start": 0}, {"k_end": 0}])
-def test_schedules_that_make_no_sense_are_refused(bad):
+def test_invalid_schedules_are_refused(bad):
     with pytest.raises(ValueError, match=r"choose cosine|at least 1"):
         r2o.num_clusters(1, 10, **bad)
 
@@ -52,7 +52,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     assert r2o.learning_rate(0, 5, 0, 1.0) == 1.0
 
 
-def test_the_target_s_momentum_rises_to_one():
+def test_the_target_momentum_rises_to_one():
     """tau = 1 - (1 - 0.99) (cos(pi s / S) + 1) / 2."""
     assert r2o.target_momentum(0, 100) == pytest.approx(0.99)
     assert r2o.target_momentum(50, 100) == pytest.approx(0.995)
@@ -82,7 +82,7 @@ def test_lars_by_hand():
     torch.testing.assert_close([p.detach() for p in params], want)
 
 
-def test_lars_survives_zero_weights_zero_gradients_and_none():
+def test_lars_handles_zero_weights_zero_gradients_and_missing_gradients():
     params = [torch.zeros(2, 2), torch.ones(2, 2), torch.ones(2, 2)]
     params = [p.requires_grad_() for p in params]
     optimizer = r2o.LARS(params, lr=1.0, weight_decay=0.0)

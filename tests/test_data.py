@@ -41,17 +41,17 @@ def images(n=6, seed=0):
         (r2o.adjust_hue, TF.adjust_hue, -0.5, 0.5),
     ],
 )
-def test_each_jitter_is_torchvision_s_with_a_factor_per_image(ours, theirs, low, high):
+def test_each_color_jitter_equals_torchvision_s_with_one_factor_per_image(ours, theirs, low, high):
     x, factors = images(), torch.linspace(low, high, 6)
     want = torch.stack([theirs(x[i], factors[i].item()) for i in range(6)])
     torch.testing.assert_close(ours(x, factors.view(-1, 1, 1, 1)), want, atol=1e-5, rtol=0)
 
 
-def test_gray_is_torchvision_s():
+def test_gray_equals_torchvision_s():
     torch.testing.assert_close(r2o.gray(images()), TF.rgb_to_grayscale(images()))
 
 
-def test_blur_is_torchvision_s_with_a_sigma_per_image():
+def test_blur_equals_torchvision_s_with_one_sigma_per_image():
     x, sigma = torch.rand(4, 3, 224, 224, generator=rng()), torch.tensor([0.1, 0.7, 1.3, 2.0])
     want = torch.stack([TF.gaussian_blur(x[i], [23, 23], [sigma[i].item()]) for i in range(4)])
     torch.testing.assert_close(r2o.gaussian_blur(x, sigma.view(-1, 1, 1, 1)), want, atol=1e-5, rtol=0)
@@ -73,7 +73,7 @@ def by_torchvision(view, f):
 
 @fuzz
 @given(st.integers(0, 10**6))
-def test_a_batch_is_augmented_as_its_images_are_one_by_one(seed):
+def test_augmenting_a_batch_equals_augmenting_its_images_one_by_one(seed):
     views = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8, generator=rng(seed))
     factors = torch.tensor([r2o.draw_factors(np.random.default_rng([seed, i]), i % 2) for i in range(8)])
     flips = torch.arange(8) % 3 == 0
@@ -84,7 +84,7 @@ def test_a_batch_is_augmented_as_its_images_are_one_by_one(seed):
     assert off.float().mean() < 2e-3  # rounding may take single pixels across solarization's threshold
 
 
-def test_factors_are_drawn_as_often_and_as_far_as_a1_says():
+def test_factors_have_the_probabilities_and_ranges_of_a1():
     draw = np.random.default_rng(0)
     first, second = (torch.tensor([r2o.draw_factors(draw, v) for _ in range(2000)]) for v in (0, 1))
     for f, blur, solarize in ((first, 1.0, 0.0), (second, 0.1, 0.2)):
@@ -109,7 +109,7 @@ def data(photos, tmp_path_factory):
     return ImageRegions(images, maps, header, size=64)
 
 
-def test_a_sample_is_what_its_boxes_and_flips_say(data):
+def test_a_view_is_the_crop_and_flip_that_its_box_and_flip_name(data):
     """Cropping the image by the box gives the view, mirrored later, on the device."""
     for i in range(8):
         sample = data[0, i]
@@ -133,7 +133,7 @@ def test_a_sample_is_what_its_boxes_and_flips_say(data):
     }
 
 
-def test_crops_and_flips_are_byol_s(data):
+def test_crops_and_flips_have_byol_s_distribution(data):
     """Flips with p = 0.5, each view on its own (the authors' code mirrors always); 8 to 100 % of the area."""
     samples = [data[epoch, i] for epoch in range(20) for i in range(len(data))]
     flips = torch.stack([s["flips"] for s in samples]).float()
@@ -148,7 +148,7 @@ def test_crops_and_flips_are_byol_s(data):
 
 
 @pytest.mark.parametrize("h, w", [(375, 500), (500, 333), (20, 300), (300, 20), (1, 1), (3, 900)])
-def test_crops_are_drawn_as_torchvision_draws_them(h, w):
+def test_crops_have_the_distribution_of_random_resized_crop(h, w):
     """Area, proportions and position; of images too long or too flat for any, the same middle."""
     draw = np.random.default_rng(0)
     torch.manual_seed(0)
@@ -165,7 +165,7 @@ def test_crops_are_drawn_as_torchvision_draws_them(h, w):
     assert torch.equal(ours.amin(0), theirs.amin(0)) or len(ours.unique(dim=0)) > 1  # the middle, where it is all
 
 
-def test_randomness_follows_from_seed_epoch_and_index_alone(data):
+def test_a_sample_depends_on_seed_epoch_and_index_alone(data):
     one, same, other_epoch = data[3, 5], data[3, 5], data[4, 5]
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["boxes"], other_epoch["boxes"]) and not torch.equal(one["boxes"], data[3, 6]["boxes"])
@@ -189,7 +189,7 @@ def test_randomness_follows_from_seed_epoch_and_index_alone(data):
         ("deep.png", lambda im, path: Image.fromarray(np.array(im.convert("L")).astype(np.uint16) * 257).save(path)),
     ],
 )
-def test_every_kind_of_image_is_read_as_rgb(tmp_path, name, convert):
+def test_every_image_format_is_read_as_rgb(tmp_path, name, convert):
     im = picture(0)
     convert(im, tmp_path / name)
     image = read_image(tmp_path / name)
@@ -198,14 +198,14 @@ def test_every_kind_of_image_is_read_as_rgb(tmp_path, name, convert):
     assert (image.float().mean() - want.mean()).abs() < 2
 
 
-def test_photographs_stand_upright(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     im, exif = picture(0), Image.Exif()
     exif[0x0112] = 6  # the camera was turned
     im.save(tmp_path / "turned.jpg", exif=exif)
     assert read_image(tmp_path / "turned.jpg").shape == (3, 80, 64)
 
 
-def test_a_one_pixel_image_makes_a_sample(tmp_path):
+def test_an_image_of_one_pixel_gives_a_sample(tmp_path):
     for i in range(2):
         Image.new("RGB", (1, 1), (i, 2, 3)).save(tmp_path / f"{i}.png")
     images = list_images(tmp_path)
@@ -215,14 +215,14 @@ def test_a_one_pixel_image_makes_a_sample(tmp_path):
     assert sample["num_regions"] == sample["regions"].max() + 1
 
 
-def test_the_two_views_get_their_own_colors(data):
+def test_the_two_views_draw_separate_color_factors(data):
     """The first view is always blurred and never solarized, the second seldom blurred. A.1."""
     factors = torch.stack([data[epoch, i]["factors"] for epoch in range(4) for i in range(len(data))])  # (n, 2, 11)
     assert (factors[:, 0, 9] > 0).all() and (factors[:, 0, 10] == 0).all()
     assert (factors[:, 1, 9] > 0).float().mean() < 0.3 and (factors[:, 1, 10] > 0).any()
 
 
-def test_resizing_averages_what_it_shrinks():
+def test_downscaling_is_antialiased():
     """antialias: a fine checkerboard becomes gray, not one of its colors."""
     board = (torch.arange(256)[:, None] + torch.arange(256)) % 2 * 255
     small = r2o.resize(board.to(torch.uint8).expand(3, -1, -1), 32)

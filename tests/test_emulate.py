@@ -46,7 +46,7 @@ def emulate(folder, orders: int, *only: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("op", ["region_pool", "kmeans", "crop_masks", "mask_pool"])
-def test_kernels_equal_their_references_in_every_order_of_threads_and_blocks(emulator, op):
+def test_kernels_equal_their_references_in_any_order_of_threads_and_blocks(emulator, op):
     assert emulate(OUT, 4, op) == (0, "all equal")
 
 
@@ -139,7 +139,7 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_what_a_gpu_would_not_forgive_is_noticed(emulator, tmp_path, name):
+def test_the_emulator_reports_broken_kernels(emulator, tmp_path, name):
     file, old, new, said = BREAKS[name]
     changed = []
 
@@ -154,7 +154,7 @@ def test_what_a_gpu_would_not_forgive_is_noticed(emulator, tmp_path, name):
     assert changed and status == 1 and said in last
 
 
-def test_no_kernel_takes_more_registers_than_a_gpu_has_for_its_threads():
+def test_no_kernel_exceeds_the_registers_of_a_gpu_or_spills():
     """As ptxas has compiled them: 65,536 for a block, and none spilled to memory."""
     triton = pytest.importorskip("triton", reason="needs cuobjdump, which comes with triton")
     if r2o_ops.r2o_C is None or not r2o_ops.r2o_C.with_cuda:

@@ -33,13 +33,13 @@ def test_best_overlap_by_hand():
     assert best.tolist() == [3 / 5, 2 / 4]
 
 
-def test_void_pixels_count_neither_for_masks_nor_for_objects():
+def test_void_pixels_count_for_neither_masks_nor_objects():
     masks, inside = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[[True, True, True, False]]])
     assert measures.best_overlap(masks, inside).tolist() == [2 / 3]
     assert measures.best_overlap(masks, inside, torch.tensor([[False, False, True, False]])).tolist() == [1]
 
 
-def test_coarse_masks_are_enlarged_by_the_nearest_pixel():
+def test_coarse_masks_are_upsampled_by_nearest_neighbor():
     fine = torch.zeros(1, 6, 8, dtype=torch.bool)
     fine[0, :3, 4:] = True
     assert measures.best_overlap(torch.tensor([[7, 3], [7, 7]]), fine).tolist() == [1]
@@ -49,7 +49,7 @@ def test_coarse_masks_are_enlarged_by_the_nearest_pixel():
 # ---- truth ----------------------------------------------------------------------------------------------------------
 
 
-def test_mask_files_of_every_kind_are_read_as_ids(tmp_path):
+def test_every_kind_of_mask_file_is_read_as_ids(tmp_path):
     def read(pixels, mode=None, **kwargs):
         image = Image.fromarray(np.array(pixels))
         (image if mode is None else image.convert(mode)).save(tmp_path / "m.png")
@@ -109,7 +109,7 @@ def coco_of(pairs, folder):
     return path
 
 
-def test_a_run_measures_priors_and_masks_and_says_so(pairs, tmp_path, capsys):
+def test_a_run_measures_and_prints_priors_and_masks(pairs, tmp_path, capsys):
     png = tmp_path / "abo.png"
     found, rows = measured(tmp_path, "--data", pairs / "images", pairs / "masks", "-k", 8, 2, "--plot", png)
     assert found["objects"] == found["images"] == 12
@@ -124,7 +124,7 @@ def test_a_run_measures_priors_and_masks_and_says_so(pairs, tmp_path, capsys):
     assert width == 820 and height == 440 and np.asarray(Image.open(png).convert("L")).std() > 5
 
 
-def test_masks_that_are_the_truth_overlap_wholly(pairs, tmp_path, monkeypatch):
+def test_masks_equal_to_the_truth_have_overlap_1(pairs, tmp_path, monkeypatch):
     """Where the prior is the truth, the region masks of as many clusters are too; at a quarter of the resolution."""
     truth = {}
     for path in sorted((pairs / "masks").iterdir()):
@@ -140,7 +140,7 @@ def test_masks_that_are_the_truth_overlap_wholly(pairs, tmp_path, monkeypatch):
     assert rows["SLIC prior", None, None] > 0.85 and rows["random", 2, "region"] == rows["SLIC prior", None, None]
 
 
-def test_cub_s_layout_mask_folders_and_coco_agree(pairs, tmp_path):
+def test_cub_s_layout_mask_folders_and_coco_json_agree(pairs, tmp_path):
     same = ["-k", 3]
     _, masks = measured(tmp_path, "--data", pairs / "images", pairs / "masks", *same)
     _, coco = measured(tmp_path, "--data", pairs / "images", coco_of(pairs, tmp_path), *same)
@@ -154,7 +154,7 @@ def test_cub_s_layout_mask_folders_and_coco_agree(pairs, tmp_path):
     assert masks == pytest.approx(coco) and masks == pytest.approx(birds)
 
 
-def test_the_spread_over_starts_of_k_means_is_said(pairs, tmp_path, capsys):
+def test_the_spread_over_starts_of_k_means_is_printed(pairs, tmp_path, capsys):
     data = ["--data", pairs / "images", pairs / "masks", "-k", 4, "--group", 4]
     one, three = (measured(tmp_path, *data, "--kmeans-seeds", n) for n in (1, 3))
     printed = capsys.readouterr().out
@@ -178,7 +178,7 @@ def test_only_the_objects_of_a_trimap_count(pairs, tmp_path, refused):
     assert found["objects"] == plain["objects"] == 12 and rows == want
 
 
-def test_groups_are_random_and_defaults_are_said(pairs, tmp_path, monkeypatch):
+def test_groups_are_random_and_defaults_are_printed(pairs, tmp_path, monkeypatch):
     """Files side by side are often of one class: training, and so this, mixes them."""
     seen = []
     monkeypatch.setattr(abo.Truth, "__getitem__", lambda self, i, f=abo.Truth.__getitem__: seen.append(i) or f(self, i))
@@ -187,7 +187,7 @@ def test_groups_are_random_and_defaults_are_said(pairs, tmp_path, monkeypatch):
     assert {key[1] for key in rows if key[1]} == {128, 64, 16, 4}
 
 
-def test_void_is_no_part_of_an_objects_size(tmp_path):
+def test_void_does_not_count_toward_an_object_s_size(tmp_path):
     ids = np.zeros((40, 40), np.uint8)
     ids[:5, :5], ids[10:20, 10:20] = 1, 2
     image = Image.fromarray(ids)
@@ -219,7 +219,7 @@ def test_crowds_are_void(pairs, tmp_path):
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_checkpoints_gives_a_curve_at_each_ones_k(pairs, finished, tmp_path):
+def test_a_folder_of_checkpoints_gives_a_curve_at_each_checkpoint_s_k(pairs, finished, tmp_path):
     """finished: 3 epochs, kept after the 2nd, K from 6 to 2."""
     out = finished[0]
     k2 = r2o.num_clusters(2, 3, 6, 2, 0)
@@ -235,7 +235,7 @@ def test_a_folder_of_checkpoints_gives_a_curve_at_each_ones_k(pairs, finished, t
     assert png.exists()
 
 
-def test_masks_of_the_target_network_are_those_that_training_uses(pairs, finished, tmp_path, refused):
+def test_masks_of_the_target_network_equal_those_of_training(pairs, finished, tmp_path, refused):
     """In last.pth, and beside the online network in epoch_*.pth; r2o.pth has none."""
     out, data = finished[0], ["--data", pairs / "images", pairs / "masks", "-k", 3]
     network, device = ("--network", "target"), torch.device("cpu")
@@ -254,7 +254,7 @@ def test_masks_of_the_target_network_are_those_that_training_uses(pairs, finishe
     assert "holds no target network: pass last.pth" in refused(*FLAGS[4:], "--ckpt", out / "r2o.pth", *data, *network)
 
 
-def test_the_figures_are_drawn_the_worst_first(pairs, finished, tmp_path, capsys, monkeypatch):
+def test_the_figures_are_drawn_with_the_worst_images_first(pairs, finished, tmp_path, capsys, monkeypatch):
     notes = []
     strip = figures.film_strip
     monkeypatch.setattr(figures, "film_strip", lambda *a, **k: notes.append(k["notes"]) or strip(*a, **k))
@@ -272,7 +272,7 @@ def test_the_figures_are_drawn_the_worst_first(pairs, finished, tmp_path, capsys
     assert Image.open(tmp_path / "masks.png").size == (7 * 132 - 4, 16 + 3 * 132 - 4)
 
 
-def test_figures_refuse_what_cannot_be_drawn(pairs, tmp_path, refused_figures):
+def test_figures_refuse_input_that_cannot_be_drawn(pairs, tmp_path, refused_figures):
     flags = ["--ckpt", "random", "--arch", "tiny", "--size", 64, "--out", tmp_path]
     data = ["--data", pairs / "images", pairs / "masks"]
     assert "no such folder" in refused_figures(*flags, "--data", tmp_path / "nowhere")

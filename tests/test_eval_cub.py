@@ -29,7 +29,7 @@ def test_the_metrics_by_hand():
     assert score["pixel accuracy"] == pytest.approx(9 / 12)
 
 
-def test_void_counts_for_nothing():
+def test_void_pixels_are_ignored():
     truth, void = torch.tensor([[1, 1, 0, 0, 0, 0]]).bool(), torch.tensor([[0, 0, 1, 0, 0, 0]]).bool()
     segments = torch.tensor([[1, 1, 1, 0, 0, 0]])
     assert measures.match_foreground(segments, 2, truth, void)[1]["foreground IoU"] == 1
@@ -99,7 +99,7 @@ def test_a_run_prints_and_writes_metrics_and_protocol(cub, tmp_path, capsys):
     assert picture_of.width == 4 * 132 - 4 and picture_of.height == 16 + 6 * 132 - 4
 
 
-def test_results_overwrite_no_earlier_ones(pairs, tmp_path, monkeypatch, capsys):
+def test_results_do_not_overwrite_earlier_ones(pairs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = ["--ckpt", "random", "--arch", "tiny", "--data", pairs / "images", pairs / "masks", "--size", 64]
     for k in (5, 4, 3):
@@ -189,7 +189,7 @@ def test_masks_of_another_shape_than_the_image_are_refused(pairs, tmp_path, refu
     assert evaluate(tmp_path, *flags)["n"] == 12
 
 
-def test_the_papers_figure_stands_beside_cub_alone(cub, tmp_path, capsys):
+def test_the_paper_s_figure_is_printed_for_cub_only(cub, tmp_path, capsys):
     """CUB has 11,788 images; other data may be laid out like it."""
     whole = tmp_path / "whole"
     shutil.copytree(cub, whole)
@@ -203,7 +203,7 @@ def test_the_papers_figure_stands_beside_cub_alone(cub, tmp_path, capsys):
     assert "| paper: none for this data |" in capsys.readouterr().out
 
 
-def test_the_spread_over_starts_of_k_means_is_said(pairs, tmp_path, capsys):
+def test_the_spread_over_starts_of_k_means_is_printed(pairs, tmp_path, capsys):
     flags = ["--ckpt", "random", "--arch", "tiny", "--data", pairs / "images", pairs / "masks"]
     one, three = (evaluate(tmp_path, *flags, *more) for more in (["--kmeans-seeds", 1], []))
     printed = capsys.readouterr().out
@@ -246,7 +246,7 @@ def test_masks_may_be_levels_ids_or_palettes(tmp_path):
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def test_every_kind_of_checkpoint_gives_the_same_encoder(tmp_path):
+def test_every_checkpoint_format_gives_the_same_encoder(tmp_path):
     torch.manual_seed(1)
     net = resnet18()
     model = r2o.R2O("resnet18", hidden=8, dim=4)
@@ -313,7 +313,7 @@ def test_data_that_does_not_fit_is_refused(cub, tmp_path, refused):
     assert "cannot read" in said(cub / "images", tmp_path / "masks")
 
 
-def test_masks_may_be_named_with_an_ending(pairs, tmp_path, refused):
+def test_masks_may_have_a_suffix_in_their_names(pairs, tmp_path, refused):
     """X.png and X_mask.png, in one folder or in two."""
     for name in ("together", "images", "masks"):
         (tmp_path / name).mkdir()

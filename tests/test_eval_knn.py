@@ -25,7 +25,7 @@ refused = refused_by(knn)
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 40), st.integers(1, 40), st.integers(1, 12), st.integers(1, 9), st.integers(1, 9))
-def test_neighbors_are_those_of_the_whole_matrix_whatever_the_chunks(queries, bank, k, rows, columns):
+def test_neighbors_do_not_depend_on_the_chunk_size(queries, bank, k, rows, columns):
     generator = torch.Generator().manual_seed(queries * 100 + bank)
     q, b = (torch.randn(n, 5, generator=generator) for n in (queries, bank))
     labels = torch.arange(bank)
@@ -38,7 +38,7 @@ def test_neighbors_are_those_of_the_whole_matrix_whatever_the_chunks(queries, ba
     assert torch.equal(whose[:, :bank], index) and (similar[:, bank:] == -torch.inf).all()
 
 
-def test_no_tensor_is_as_large_as_queries_times_bank():
+def test_no_tensor_has_queries_times_bank_elements():
     class Largest(TorchDispatchMode):
         size = 0
 
@@ -87,7 +87,7 @@ FLAGS = "--ckpt random --arch tiny --size 32 -k 3 1 --batch-size 4 --workers 0".
 
 
 @pytest.mark.slow
-def test_colors_are_told_apart_by_one_process_and_by_two(colors, tmp_path, capsys):
+def test_one_and_two_processes_classify_colors(colors, tmp_path, capsys):
     out = tmp_path / "one.json"
     knn.main([*FLAGS, "--data", str(colors), "--json", str(out)])
     one, printed = json.loads(out.read_text()), capsys.readouterr().out
@@ -108,7 +108,7 @@ def test_colors_are_told_apart_by_one_process_and_by_two(colors, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_processes_of_unequal_shares_find_what_one_finds(tmp_path):
+def test_unequal_shares_of_processes_give_the_result_of_one(tmp_path):
     """3 processes, 10 rows of the bank, 7 queries: all as in one process, with labels that chance alone would not
     give."""
     script = tmp_path / "share.py"
@@ -132,7 +132,7 @@ def test_processes_of_unequal_shares_find_what_one_finds(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_features_are_c5_averaged_of_the_middle_of_the_image(colors):
+def test_features_are_mean_c5_of_the_center_crop(colors):
     """The shorter side becomes 8/7 of the crop: of 40 x 48 pixels at 35, all but 2.5 on each side of the shorter."""
     data = knn.open_folder(colors / "train", 35)
     image, label = data[7]
@@ -151,7 +151,7 @@ def test_features_are_c5_averaged_of_the_middle_of_the_image(colors):
     assert labels.tolist() == [data[i][1] for i in range(1, 18, 3)]
 
 
-def test_classes_are_those_of_the_training_folders_that_hold_images(colors, tmp_path):
+def test_classes_are_the_training_folders_that_contain_images(colors, tmp_path):
     """val may lack classes; empty folders are none, whatever their name; every suffix that training reads is read."""
     val = tmp_path / "val"
     shutil.copytree(colors / "val" / "red", val / "red")
@@ -162,13 +162,13 @@ def test_classes_are_those_of_the_training_folders_that_hold_images(colors, tmp_
     pickle.dumps(data)  # for workers that are spawned
 
 
-def test_imagenet_100_is_known_by_its_names_and_size():
+def test_imagenet_100_is_recognized_by_class_names_and_size():
     names = [f"n{i:08}" for i in range(100)]
     assert knn.is_imagenet_100(names, 5000) and not knn.is_imagenet_100(names, 2000)  # tiny-imagenet-100 is not
     assert not knn.is_imagenet_100([f"dog{i}" for i in range(100)], 5000) and not knn.is_imagenet_100(names[:99], 5000)
 
 
-def test_a_subset_s_classes_alone_are_read(colors, tmp_path, refused):
+def test_only_the_classes_of_a_subset_are_read(colors, tmp_path, refused):
     """As ImageNet-100 of ImageNet: labels count its classes only."""
     (tmp_path / "two.txt").write_text("red\nblue/\n")
     out = tmp_path / "x.json"

@@ -41,7 +41,7 @@ def convert(source, to, out):
 
 
 @pytest.mark.parametrize("layout, suffix", WAYS)
-def test_every_layout_comes_back_the_same(ours, tmp_path, layout, suffix):
+def test_every_layout_round_trips(ours, tmp_path, layout, suffix):
     there = convert(ours[0], layout, tmp_path / f"there{suffix}")
     back = convert(there, "r2o", tmp_path / "back.pth")
     net, line = load_encoder(str(back))
@@ -72,7 +72,7 @@ def test_torchvision_and_timm_load_their_layouts_with_equal_features(ours, tmp_p
             torch.testing.assert_close(net.forward_features(ours[2]), ours[3])
 
 
-def test_names_are_detectron2_s():
+def test_detectron2_names_match_its_converter():
     """As its tools/convert-torchvision-to-d2.py gives them."""
     names = {
         "conv1.weight": "stem.conv1.weight",
@@ -88,7 +88,7 @@ def test_names_are_detectron2_s():
         assert weights.to_torchvision(weights.to_detectron2(name)) == weights.to_torchvision(name) == name
 
 
-def test_containers_are_those_that_the_libraries_read(ours, tmp_path):
+def test_file_formats_are_those_that_the_libraries_read(ours, tmp_path):
     with open(convert(ours[0], "detectron2", tmp_path / "d2.pkl"), "rb") as f:
         d2 = pickle.load(f)
         names = {arg for _, arg, _ in pickletools.genops((tmp_path / "d2.pkl").read_bytes()) if isinstance(arg, str)}
@@ -100,7 +100,7 @@ def test_containers_are_those_that_the_libraries_read(ours, tmp_path):
     assert again["args"] == {"lr": 0.3} and again["epoch"] == 3
 
 
-def test_the_authors_files_and_whole_detectors_are_read(ours, tmp_path):
+def test_the_authors_weights_and_whole_detectors_are_read(ours, tmp_path):
     """Their encoder is nn.Sequential of a ResNet's children without pooling and fc: names begin with encoder.0, .1,
     .4."""
     net = torchvision.models.resnet18()
@@ -143,7 +143,7 @@ def test_torchvision_files_without_counters_load_in_evaluations(ours, tmp_path):
         load_encoder(str(tmp_path / "old.pth"), "resnet18")
 
 
-def test_torch_hub_gives_the_same_features(ours):
+def test_torch_hub_loads_the_same_features(ours):
     net = torch.hub.load(str(ROOT), "encoder", source="local", ckpt=str(ours[0]))
     with torch.no_grad():
         torch.testing.assert_close(net(ours[2]), ours[3].mean((2, 3)))
@@ -158,7 +158,7 @@ def test_torch_hub_gives_the_same_features(ours):
         ("x.pkl", b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x00"),  # bytes longer than the memory
     ],
 )
-def test_odd_files_are_refused_in_one_line(tmp_path, name, content):
+def test_unknown_files_are_refused_in_one_line(tmp_path, name, content):
     path = tmp_path / name
     if name == "x.pth":
         torch.save(content, path)
@@ -168,7 +168,7 @@ def test_odd_files_are_refused_in_one_line(tmp_path, name, content):
         load_encoder(str(path))
 
 
-def test_a_pickle_that_would_run_something_is_refused_and_does_not(tmp_path, refused):
+def test_a_pickle_that_would_run_code_is_refused_without_running_it(tmp_path, refused):
     class Evil:
         def __reduce__(self):
             return open, (str(tmp_path / "ran"), "w")
@@ -178,7 +178,7 @@ def test_a_pickle_that_would_run_something_is_refused_and_does_not(tmp_path, ref
     assert "not a pickle of arrays" in line and not (tmp_path / "ran").exists() and not (tmp_path / "out.pth").exists()
 
 
-def test_what_does_not_fit_is_refused_with_how_much_matched(ours, tmp_path, refused):
+def test_weights_that_do_not_fit_are_refused_with_the_number_matched(ours, tmp_path, refused):
     def said(file, *flags):
         torch.save(file, tmp_path / "in.pth")
         return refused("--ckpt", tmp_path / "in.pth", "--to", "r2o", "--out", tmp_path / "out.pth", *flags)

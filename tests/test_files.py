@@ -60,7 +60,7 @@ def classes(tmp_path):
         ("n1/n1_0.jpg\ndeep/n3/n3_1.jpg\nn2", ["deep/n3/n3_1.jpg", "n1/n1_0.jpg", "n2/n2_0.jpg"]),
     ],
 )
-def test_a_subset_is_of_class_folders_or_files(classes, lines, names):
+def test_a_subset_may_list_class_folders_or_files(classes, lines, names):
     (classes / "subset.txt").write_text(lines)
     images = list_images(classes / "data", classes / "subset.txt")
     assert [name.decode() for name in images] == names
@@ -81,7 +81,7 @@ def test_a_subset_that_does_not_fit_the_data_is_refused(classes, lines, said):
         list_images(classes / "data", classes / "subset.txt")
 
 
-def test_a_list_knows_its_files_by_name_and_size(tmp_path):
+def test_a_list_s_fingerprint_depends_on_names_and_sizes(tmp_path):
     def listed(*entries):
         return ImageList(tmp_path, entries)
 
@@ -110,7 +110,7 @@ class Reader(torch.utils.data.Dataset):
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads Linux' /proc")
-def test_a_worker_that_reads_the_list_takes_no_memory_for_it(tmp_path):
+def test_forked_workers_share_the_list_s_memory(tmp_path):
     """Fork shares it, and no reference count in it is ever written: a list of str would be copied, 20 MB of it."""
     count = 300_000
     names = ImageList(tmp_path, ((b"n%08d/n%08d_%d.JPEG" % (i // 1300, i // 1300, i), 1) for i in range(count)))
@@ -156,7 +156,7 @@ def test_more_unreadable_images_stop_the_run(tmp_path):
     assert not (tmp_path / "regions.npy").exists()
 
 
-def test_region_maps_are_computed_once_and_known_by_their_header(photos, tmp_path, monkeypatch):
+def test_region_maps_are_computed_once_and_identified_by_their_header(photos, tmp_path, monkeypatch):
     images = list_images(photos)
     path = tmp_path / "regions.npy"
     maps, header = region_maps(images, path, size=16, num_segments=20, workers=2)
@@ -222,7 +222,7 @@ print(len(maps), header["num_regions"])
 
 
 @pytest.mark.slow
-def test_one_process_makes_the_maps_and_another_takes_over_where_it_dies(photos, tmp_path):
+def test_one_process_computes_the_maps_and_another_takes_over_if_it_dies(photos, tmp_path):
     """The others wait; nothing is computed twice but the map that was being made."""
     path = tmp_path / "regions.npy"
     env = {**os.environ, "PYTHONPATH": str(Path(r2o.__file__).parent)}
@@ -266,7 +266,7 @@ def test_maps_killed_between_header_and_rename_are_not_computed_again(photos, tm
     assert np.array_equal(maps, again) and header == header_again
 
 
-def test_progress_on_other_data_is_not_gone_on_with(photos, tmp_path):
+def test_progress_on_other_data_is_not_resumed(photos, tmp_path):
     images, path = list_images(photos), tmp_path / "regions.npy"
     want, header = region_maps(images, path, size=16, num_segments=20)
     want = np.array(want)
@@ -279,13 +279,13 @@ def test_progress_on_other_data_is_not_gone_on_with(photos, tmp_path):
     assert np.array_equal(maps, want) and header == header_again
 
 
-def test_maps_that_do_not_fit_the_disk_are_refused_at_once(photos, tmp_path, monkeypatch):
+def test_maps_larger_than_the_free_disk_space_are_refused_at_once(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 6000}))
     with pytest.raises(UsageError, match=r"the region maps need 6.1e-06 GB, .* has 6e-06 GB left"):
         region_maps(list_images(photos), tmp_path / "regions.npy", size=16, num_segments=20)
 
 
-def test_a_disk_that_fills_up_keeps_the_maps_that_are_made(photos, tmp_path, monkeypatch):
+def test_a_full_disk_loses_no_finished_maps(photos, tmp_path, monkeypatch):
     images, path = list_images(photos), tmp_path / "regions.npy"
     monkeypatch.setattr(cache, "SAVE_SECONDS", 0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -301,7 +301,7 @@ def test_a_disk_that_fills_up_keeps_the_maps_that_are_made(photos, tmp_path, mon
     assert len(calls) == 24 - 10
 
 
-def test_a_sample_whose_image_is_lost_is_replaced_by_the_next(tmp_path, capsys):
+def test_a_sample_whose_image_is_missing_is_replaced_by_the_next(tmp_path, capsys):
     for i in range(4):
         picture(i).save(tmp_path / f"{i}.png")
     images = list_images(tmp_path)
@@ -320,7 +320,7 @@ def test_a_sample_whose_image_is_lost_is_replaced_by_the_next(tmp_path, capsys):
         data[0, 2]
 
 
-def test_maps_begun_for_something_else_in_between_are_not_taken_for_these(photos, tmp_path, monkeypatch):
+def test_partial_maps_of_other_settings_are_not_resumed(photos, tmp_path, monkeypatch):
     """Progress of 20 segments, then a start with 5 that is killed before it saves any, then 20 again."""
     images, path, slic = list_images(photos), tmp_path / "regions.npy", r2o.slic_regions
     want = np.array(region_maps(images, tmp_path / "whole.npy", size=16, num_segments=20)[0])
@@ -366,7 +366,7 @@ def test_damaged_maps_are_refused_in_one_line(photos, tmp_path, spoil, said):
         region_maps(images, path, size=16, num_segments=20)
 
 
-def test_what_is_no_file_is_no_image_and_odd_names_can_be_said(tmp_path, capsys):
+def test_non_files_are_no_images_and_undecodable_names_can_be_printed(tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "gone.jpg").symlink_to("nowhere")

@@ -69,7 +69,7 @@ def test_every_valid_point_goes_to_its_nearest_center_and_nothing_is_nan(G, N, D
 
 
 @pytest.mark.parametrize("iters", [1, 2, 3])
-def test_so_many_iterations_are_run_and_no_fewer(iters):
+def test_exactly_the_given_number_of_iterations_is_run(iters):
     """The compiled op and the reference agree after each iteration, not only at the end."""
     if r2o_ops.r2o_C is None:
         pytest.skip("r2o_C is not built")
@@ -100,7 +100,7 @@ def test_invalid_points_change_nothing():
     assert torch.equal(both[1][:, :50], alone[1])
 
 
-def test_a_group_does_not_see_the_others():
+def test_groups_are_independent():
     """So that results depend on neither the batch nor the number of processes."""
     points, u = torch.randn(4, 60, 3, generator=rng()), r2o.seeding_uniforms(4, 6, rng(1))
     valid = torch.ones(4, 60, dtype=torch.bool)
@@ -177,6 +177,6 @@ def test_autocast_does_not_lower_the_precision():
         ((torch.zeros(1, 4, 2), 2, None, -1), "max_iters must not be negative"),
     ],
 )
-def test_input_that_does_not_fit_is_refused(args, message):
+def test_invalid_input_is_refused(args, message):
     with pytest.raises(ValueError, match=message):
         r2o.kmeans(*args)

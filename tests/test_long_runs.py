@@ -79,7 +79,7 @@ def test_a_run_killed_at_twelve_random_moments_ends_with_the_same_bits(photos, f
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 @pytest.mark.slow
-def test_a_stop_signal_saves_at_the_next_step_and_has_its_exit_status(photos, finished, tmp_path, number, status):
+def test_a_stop_signal_saves_after_the_step_and_sets_the_exit_status(photos, finished, tmp_path, number, status):
     """Sent to all processes, loader's workers too, as batch systems, and terminals at Ctrl-C, do."""
     out = tmp_path / "out"
     process = start(command(photos, out, "--workers", "2"))
@@ -95,7 +95,7 @@ def test_a_stop_signal_saves_at_the_next_step_and_has_its_exit_status(photos, fi
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 @pytest.mark.slow
-def test_stopped_in_the_midst_of_the_region_maps_it_says_how_many_are_kept(tmp_path, number, status):
+def test_stopping_while_computing_region_maps_prints_how_many_are_kept(tmp_path, number, status):
     picture(0, (500, 400)).save(tmp_path / "000.jpg")
     for i in range(1, 300):  # five seconds of maps after the first flush
         os.link(tmp_path / "000.jpg", tmp_path / f"{i:03}.jpg")
@@ -147,7 +147,7 @@ def test_a_killed_loader_worker_ends_the_run_with_one_line(photos, tmp_path):
         ),
     ],
 )
-def test_what_the_machine_lacks_is_said_in_one_line(capsys, error, said):
+def test_missing_resources_of_the_machine_are_reported_in_one_line(capsys, error, said):
     def work():
         raise error
 
@@ -157,7 +157,7 @@ def test_what_the_machine_lacks_is_said_in_one_line(capsys, error, said):
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"program: error: {said}")
 
 
-def test_a_dead_loader_worker_that_is_reported_twice_is_one_line(monkeypatch, capsys):
+def test_a_dead_loader_worker_is_reported_once(monkeypatch, capsys):
     """As a read that ends, and by PyTorch's handler of SIGCHLD, which raises wherever the main thread is then."""
 
     def handler(*_):
@@ -178,14 +178,14 @@ def test_a_dead_loader_worker_that_is_reported_twice_is_one_line(monkeypatch, ca
     assert stop.value.code == 2 and len(lines) == 1 and "program: error: a loader worker was killed" in lines[0]
 
 
-def test_too_little_memory_on_a_cpu_is_one_line(capsys):
+def test_running_out_of_memory_on_a_cpu_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.run("program", lambda: torch.empty(2**50))
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and "program: error: the memory is too small (" in lines[0]
 
 
-def test_a_second_ctrl_c_ends_at_once_what_the_first_waits_for(monkeypatch):
+def test_a_second_ctrl_c_interrupts_what_the_first_waits_for(monkeypatch):
     monkeypatch.setattr(signal, "raised", [], raising=False)
     with pytest.raises(KeyboardInterrupt), distributed.StopSignals(), distributed.hold_signals():
         os.kill(os.getpid(), signal.SIGINT)
@@ -211,7 +211,7 @@ def test_a_second_ctrl_c_ends_at_once():
 
 @pytest.mark.parametrize("whom", ["torchrun", "one worker"])
 @pytest.mark.slow
-def test_torchrun_told_to_stop_saves_before_it_ends(photos, tmp_path, whom):
+def test_a_stopped_torchrun_saves_before_it_exits(photos, tmp_path, whom):
     """A worker that alone is told tells the others."""
     out = tmp_path / "out"
     process = start(command(photos, out, "--epochs", "500", torchrun=2))
@@ -242,7 +242,7 @@ def torn(path, how):
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped", "empty"])
-def test_the_checkpoint_before_is_used_where_the_last_is_torn(photos, finished, copy, capsys, how):
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(photos, finished, copy, capsys, how):
     """Loadable means all of it: tensors are under checksums."""
     torn(copy / "last.pth", how)
     train.main(["--data", str(photos), "--out", str(copy), *SMALL])
@@ -253,14 +253,14 @@ def test_the_checkpoint_before_is_used_where_the_last_is_torn(photos, finished, 
     assert (copy / "last.pth.damaged").exists()
 
 
-def test_a_run_killed_between_two_renames_goes_on_from_the_checkpoint_before(photos, finished, copy, capsys):
+def test_a_run_killed_between_two_renames_resumes_from_the_previous_checkpoint(photos, finished, copy, capsys):
     (copy / "last.pth").unlink()
     train.main(["--data", str(photos), "--out", str(copy), *SMALL])
     assert "resuming after step 6" in capsys.readouterr().out
     assert_same_end(copy, finished[0], logs=False)
 
 
-def test_where_no_checkpoint_can_be_loaded_nothing_starts_anew(photos, copy, refuse):
+def test_a_run_without_a_loadable_checkpoint_does_not_start_over(photos, copy, refuse):
     for name in ("last.pth", "previous.pth"):
         torn(copy / name, "cut")
     said = refuse("--data", photos, "--out", copy, *SMALL)
@@ -268,7 +268,7 @@ def test_where_no_checkpoint_can_be_loaded_nothing_starts_anew(photos, copy, ref
     assert (copy / "last.pth").exists()
 
 
-def test_a_full_disk_costs_neither_the_checkpoint_before_nor_the_run(photos, finished, tmp_path):
+def test_a_full_disk_costs_neither_the_previous_checkpoint_nor_the_run(photos, finished, tmp_path):
     """A limit on the size of files stands for the disk: last.pth does not fit, the rest does."""
     out = tmp_path / "out"
     size = (finished[0] / "last.pth").stat().st_size
@@ -283,13 +283,13 @@ def test_a_full_disk_costs_neither_the_checkpoint_before_nor_the_run(photos, fin
     assert same(load(out / "r2o.pth")["state_dict"], load(finished[0] / "r2o.pth")["state_dict"])
 
 
-def test_a_stop_signal_on_a_full_disk_is_no_success(photos, finished, tmp_path, refuse, monkeypatch):
+def test_a_stop_signal_on_a_full_disk_is_a_failure(photos, finished, tmp_path, refuse, monkeypatch):
     monkeypatch.setattr(distributed, "agree", lambda finite, stop: (True, True))
     monkeypatch.setattr(checkpoint, "save_or_warn", lambda *a, **k: False)
     assert "stop requested, but" in refuse("--data", photos, "--out", tmp_path, *SMALL, "--workers", "0")
 
 
-def test_saving_keeps_what_was_there_and_leaves_nothing_half_written(tmp_path):
+def test_saving_is_atomic(tmp_path):
     path, before = tmp_path / "last.pth", tmp_path / "previous.pth"
     save_atomically(path, lambda f: f.write(b"one"), keep=before)
     assert not before.exists()
@@ -305,7 +305,7 @@ def test_saving_keeps_what_was_there_and_leaves_nothing_half_written(tmp_path):
     assert (path.read_bytes(), before.read_bytes()) == (b"two", b"one") and len(list(tmp_path.iterdir())) == 2
 
 
-def test_another_learning_rate_is_refused_until_it_is_meant(photos, copy, refuse, monkeypatch):
+def test_another_learning_rate_is_refused_without_changed(photos, copy, refuse, monkeypatch):
     flags = ["--data", photos, "--out", copy, *SMALL, "--lr", "0.5"]
     assert "--lr 1.0, now it is 0.5: pass --lr 1.0 to resume, or another --out to start anew (or --changed)" in refuse(
         *flags
@@ -316,7 +316,7 @@ def test_another_learning_rate_is_refused_until_it_is_meant(photos, copy, refuse
     assert {group["weight_decay"] for group in built[2].param_groups} == {0.25}
 
 
-def test_a_run_whose_images_were_lost_in_between_is_refused(photos, copy, refuse, monkeypatch):
+def test_resuming_with_fewer_images_is_refused(photos, copy, refuse, monkeypatch):
     monkeypatch.setattr(train.ImageRegions, "__len__", lambda self: 23)
     flags = ["--data", photos, "--out", copy, *SMALL]
     assert "was trained on 24 images, of which 23 can be read now: restore them" in refuse(*flags)
@@ -351,7 +351,7 @@ train.main(sys.argv[1:])
 
 
 @pytest.mark.slow
-def test_steps_that_are_not_finite_are_skipped_by_all_and_a_rank_without_pairs_takes_part(photos, tmp_path):
+def test_all_ranks_skip_a_non_finite_step_and_a_rank_without_pairs_takes_part(photos, tmp_path):
     """On rank 1 of 2, steps 2 and 5 of 9 are NaN, steps 3 and 4 show no mask to both views."""
     script, out = tmp_path / "faulty.py", tmp_path / "out"
     script.write_text(FAULTY)
@@ -368,7 +368,7 @@ def test_steps_that_are_not_finite_are_skipped_by_all_and_a_rank_without_pairs_t
     assert all(x.isfinite().all() for x in state.values())  # batch norm's statistics too
 
 
-def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(photos, finished, tmp_path, refuse, monkeypatch):
+def test_ten_non_finite_steps_in_a_row_end_the_run(photos, finished, tmp_path, refuse, monkeypatch):
     calls = []
 
     def augment(*args, augment=r2o.augment):
@@ -423,7 +423,7 @@ def test_skipped_steps_leave_no_trace_and_are_counted_in_a_row_only(photos, tmp_
     assert load(tmp_path / "last.pth")["step"] == 24  # skipped, but done: a rerun does not train
 
 
-def test_weights_that_are_not_finite_are_never_saved(photos, tmp_path, refuse, monkeypatch):
+def test_non_finite_weights_are_never_saved(photos, tmp_path, refuse, monkeypatch):
     def learning_rate(step, *args):
         return 0.1 if step < 4 else float("inf")
 
@@ -434,7 +434,7 @@ def test_weights_that_are_not_finite_are_never_saved(photos, tmp_path, refuse, m
     assert state["step"] == 4 and all(x.isfinite().all() for x in state["model"].values())
 
 
-def test_a_collapse_is_said(photos, tmp_path, monkeypatch, capsys):
+def test_a_collapse_is_reported(photos, tmp_path, monkeypatch, capsys):
     """Projections that are all the same."""
 
     def mlp(*args, mlp=r2o.mlp):
@@ -448,7 +448,7 @@ def test_a_collapse_is_said(photos, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "log.jsonl").read_text())["spread"] < 1e-3
 
 
-def test_each_alarm_has_its_sign():
+def test_each_alarm_has_one_symptom():
     fine = {"spread": 0.8, "pairs": 5.0, "K": 4, "largest": 0.4, "skipped": 0}
     assert report.alarms(fine) == []
     for sign in ({"spread": 0.01}, {"pairs": 0.0}, {"largest": 0.99}, {"skipped": 2}):
@@ -461,7 +461,7 @@ def test_each_alarm_has_its_sign():
 
 
 @pytest.mark.slow
-def test_torchrun_goes_on_after_a_worker_was_killed(photos, tmp_path):
+def test_torchrun_resumes_after_a_worker_was_killed(photos, tmp_path):
     """--max-restarts: the same weights as two processes that nobody killed."""
     for name in ("whole", "hurt"):
         argv = command(photos, tmp_path / name, "--epochs", "6", "--save-every", "1", torchrun=2)
@@ -476,7 +476,7 @@ def test_torchrun_goes_on_after_a_worker_was_killed(photos, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_nodes_train_together_and_one_goes_on_alone(photos, tmp_path):
+def test_two_nodes_train_together_and_one_resumes_alone(photos, tmp_path):
     """Two torchruns that meet at a rendezvous, as on two machines; one is lost, with all its distributed."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -551,7 +551,7 @@ def test_a_program_that_fails_does_not_wait_for_its_workers(tmp_path):
     assert done.returncode == 1 and done.stderr.strip().endswith("ArithmeticError: as planned")
 
 
-def test_a_program_that_only_imports_this_keeps_its_own_processes(tmp_path):
+def test_importing_the_runtime_keeps_a_program_s_own_processes_alive(tmp_path):
     """As one does that calls torch.hub.load: at its exit Python waits for the processes that are no daemons."""
     script = tmp_path / "imports.py"
     script.write_text(

@@ -29,7 +29,7 @@ def test_a_small_mask_counts_as_much_as_a_large_one():
     torch.testing.assert_close(r2o.mask_pool(features, weights * 1e-2, pair), r2o.mask_pool(features, weights, pair))
 
 
-def test_mask_pool_works_inside_autocast_in_full_precision():
+def test_mask_pool_computes_in_full_precision_under_autocast():
     features = torch.randn(1, 8, 7, 7, generator=rng()).bfloat16().requires_grad_()
     weights, pairs = torch.rand(1, 2, 7, 7, generator=rng()), torch.tensor([[0, 1]])
     with torch.autocast("cpu", torch.bfloat16):
@@ -49,7 +49,7 @@ def test_mask_pool_works_inside_autocast_in_full_precision():
         (lambda f, w: r2o.mask_pool(f, w[..., :2], torch.tensor([[0, 1]])), "weights must be float"),
     ],
 )
-def test_input_that_does_not_fit_is_refused(call, message):
+def test_invalid_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3))
 
@@ -61,7 +61,7 @@ def test_the_loss_by_hand():
     torch.testing.assert_close(r2o.byol_loss(q, z), torch.tensor([0, 4, 2 - math.sqrt(2), 2]))
 
 
-def test_the_loss_sends_no_gradient_to_z():
+def test_the_loss_has_no_gradient_in_z():
     q, z = (torch.randn(5, 4, generator=rng(i)).requires_grad_() for i in (0, 1))
     r2o.byol_loss(q, z).sum().backward()
     assert q.grad.abs().sum() > 0 and z.grad is None
@@ -123,7 +123,7 @@ def test_forward_is_the_sum_of_both_directions_averaged_over_pairs():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_masks_drawn_on_a_stream_of_their_own_are_the_same():
+def test_masks_predicted_on_a_side_stream_are_the_same():
     losses = []
     for overlap in (False, True, True):
         r2o_model = model(overlap=overlap).cuda()
@@ -153,7 +153,7 @@ def test_views_without_a_common_mask_give_zero_and_finite_gradients_everywhere()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in r2o_model.parameters() if p.requires_grad)
 
 
-def test_a_mask_counts_from_a_thousandth_of_a_cell_on():
+def test_a_mask_counts_from_a_weight_of_a_thousandth_of_a_cell():
     """Region 1 is a sliver that both views see with less than half a cell."""
     r2o_model = model(assign="region", kmeans_group=1)
     images, views, regions, boxes, flips = batch(1)
@@ -165,7 +165,7 @@ def test_a_mask_counts_from_a_thousandth_of_a_cell_on():
     assert r2o_model(images, views, regions, boxes, flips, 2, rng())[1]["pairs"] == 2
 
 
-def test_ranks_take_their_own_share_of_the_uniforms(monkeypatch):
+def test_each_rank_takes_its_own_share_of_the_uniforms(monkeypatch):
     """With the same seed on all ranks, two processes of 2 images draw the masks that one process of 4 draws."""
     seen = []
     monkeypatch.setattr(
@@ -193,7 +193,7 @@ def test_a_single_pair_still_trains():
     )
 
 
-def test_the_target_is_the_running_average_of_the_online_network():
+def test_the_target_is_the_moving_average_of_the_online_network():
     r2o_model = model()
     before = [p.clone() for p in r2o_model.target.parameters()]
     for p in r2o_model.online.parameters():
@@ -203,7 +203,7 @@ def test_the_target_is_the_running_average_of_the_online_network():
         torch.testing.assert_close(new, 0.9 * old + 0.1 * online)
 
 
-def test_k_means_groups_do_not_see_each_other():
+def test_k_means_groups_are_independent():
     """The masks of 4 images in groups of 2 are those of 2 + 2 images: they depend on no batch size or GPU count."""
     r2o_model = model(kmeans_group=2).eval()
     images, _, regions, _, _ = batch()
@@ -218,7 +218,7 @@ def test_k_means_groups_do_not_see_each_other():
 
 
 @pytest.mark.parametrize("assign", ["pixel", "region"])
-def test_a_batch_may_leave_a_smaller_group_and_its_masks_are_its_own(assign):
+def test_the_last_group_of_a_batch_may_be_smaller_and_is_clustered_alone(assign):
     """4 images in groups of at most 3: 2 + 2. 3 in groups of at most 2: 2 + 1."""
     r2o_model = model(kmeans_group=3, assign=assign).eval()
     images, views, regions, boxes, flips = batch()
@@ -244,7 +244,7 @@ def test_a_batch_may_leave_a_smaller_group_and_its_masks_are_its_own(assign):
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 600), st.integers(1, 16), st.integers(1, 64))
-def test_groups_are_as_large_as_they_may_be(images, world, most):
+def test_groups_are_as_large_as_allowed(images, world, most):
     """No larger, of whole sets of ranks, none of them empty, and of one size where that is possible."""
     groups, ranks = r2o.kmeans_groups(images, world, most)
     each = -(-images * ranks // groups)
@@ -261,7 +261,7 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU
 
 @on_a_gpu
 @pytest.mark.parametrize("K", [5, 128])
-def test_on_a_gpu_the_host_waits_once_in_a_step_to_learn_the_number_of_pairs(K, monkeypatch):
+def test_on_a_gpu_the_host_waits_once_per_step_for_the_number_of_pairs(K, monkeypatch):
     """Augmentation, the forward and the backward pass. Random numbers of 128 clusters are more than 64 KB."""
     net = model(kmeans_group=2).cuda()
     images, views, regions, boxes, flips = (x.cuda() for x in batch(B=32))
@@ -292,11 +292,11 @@ def test_on_a_gpu_the_host_waits_once_in_a_step_to_learn_the_number_of_pairs(K, 
 
 
 @on_a_gpu
-def test_masks_are_predicted_on_a_stream_of_high_priority():
+def test_masks_are_predicted_on_a_high_priority_stream():
     assert r2o.SideStream.stream(torch.device("cuda")).priority < torch.cuda.current_stream().priority
 
 
-def test_constants_are_made_once_for_a_device(monkeypatch):
+def test_constants_are_copied_once_per_device(monkeypatch):
     """On a GPU the host would wait for each."""
     x, factor = torch.rand(2, 3, 8, 8), torch.full((2, 1, 1, 1), 0.1)
 
@@ -309,7 +309,7 @@ def test_constants_are_made_once_for_a_device(monkeypatch):
     use()
 
 
-def test_the_regions_of_the_batch_are_clustered_alone_and_to_the_same_bits(monkeypatch):
+def test_clustering_only_the_batch_s_regions_is_bit_identical(monkeypatch):
     """K-means holds N² products on a GPU: a batch with fewer regions than the data set's maximum pays for its own."""
     seen, losses, pool = [], [], r2o.region_pool
     monkeypatch.setattr(r2o, "region_pool", lambda x, ids, n: seen.append(n) or pool(x, ids, n))

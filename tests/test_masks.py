@@ -31,20 +31,20 @@ def test_slic_follows_the_edges_of_the_image():
     assert not left & right
 
 
-def test_slic_takes_the_same_image_in_any_form():
+def test_slic_accepts_an_image_in_any_form():
     array = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
     want = r2o.slic_regions(Image.fromarray(array), size=14)
     for image in (array, array / 255.0, torch.from_numpy(array).permute(2, 0, 1)):
         assert torch.equal(r2o.slic_regions(image, size=14), want)
 
 
-def test_the_grid_is_14_by_14_square_patches():
+def test_the_grid_has_14_by_14_square_patches():
     regions = r2o.grid_regions()
     assert regions.shape == (56, 56) and (regions.flatten().bincount() == torch.full((196,), 16)).all()
     assert (regions[:4, :4] == 0).all() and regions[0, 4] == 1 and regions[4, 0] == 14
 
 
-def test_region_pool_weighs_cells_by_the_share_a_region_covers():
+def test_region_pool_weights_cells_by_the_share_that_a_region_covers():
     """By hand: 2 x 2 cells of 2 x 2 pixels; region 0 covers one cell and a quarter of the next, region 2 is absent."""
     features = torch.tensor([[[[1.0, 2], [4, 8]]]])
     regions = torch.tensor([[[0, 0, 0, 1], [0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]], dtype=torch.uint8)
@@ -83,7 +83,7 @@ def random_views(B, seed):
     st.sampled_from([3, 7]),
     st.integers(0, 999),
 )
-def test_crop_masks_is_torchvision_s_roi_align_of_one_hot_masks(B, hw, K, size, seed):
+def test_crop_masks_equals_torchvision_s_roi_align_of_one_hot_masks(B, hw, K, size, seed):
     masks = torch.randint(K, (B, *hw), generator=rng(seed))
     boxes, flips = random_views(B, seed)
     one_hot = torch.nn.functional.one_hot(masks, K).permute(0, 3, 1, 2).float()
@@ -93,7 +93,7 @@ def test_crop_masks_is_torchvision_s_roi_align_of_one_hot_masks(B, hw, K, size, 
     torch.testing.assert_close(r2o.crop_masks(masks, boxes, flips, K, size), want, rtol=1e-4, atol=1e-5)
 
 
-def test_crop_masks_share_out_every_cell():
+def test_weights_of_crop_masks_sum_to_1_in_every_cell():
     boxes, flips = random_views(8, 3)
     weights = r2o.crop_masks(torch.randint(5, (8, 14, 14), generator=rng()), boxes, flips, 5, 7)
     torch.testing.assert_close(weights.sum(1), torch.ones(8, 7, 7))
@@ -128,7 +128,7 @@ def scenes(B):
 
 
 @pytest.mark.parametrize("assign, size", [("pixel", 16), ("region", 16)])
-def test_predicted_masks_part_what_looks_different(assign, size):
+def test_predicted_masks_separate_what_looks_different(assign, size):
     r2o_model = model(assign=assign)
     images, regions = scenes(4)
     m = r2o_model.predict_masks(r2o_model.online["encoder"], images, regions, 2, r2o.seeding_uniforms(1, 2, rng()))
@@ -161,7 +161,7 @@ def test_autocast_does_not_change_the_masks():
         assert torch.equal(through(model(), c4, regions, 6), want)
 
 
-def test_as_many_iterations_are_run_as_asked_for():
+def test_predict_masks_runs_the_given_number_of_iterations():
     c4, regions = torch.rand(2, 8, 8, 8, generator=rng()), r2o.grid_regions(4, 16).expand(2, -1, -1)
     masks = [through(model(kmeans_iters=i), c4, regions, 4) for i in (0, 1, 20)]
     assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
@@ -169,7 +169,7 @@ def test_as_many_iterations_are_run_as_asked_for():
 
 @pytest.mark.parametrize("assign", ["pixel", "region"])
 @pytest.mark.parametrize("value", [math.inf, math.nan, 0.0])
-def test_a_cell_that_is_not_finite_or_is_zero_spoils_no_other(assign, value):
+def test_a_zero_or_non_finite_cell_does_not_affect_others(assign, value):
     """One such feature cell would otherwise make every center of its group NaN."""
     c4, regions = torch.rand(4, 8, 8, 8, generator=rng()), r2o.grid_regions(4, 16).expand(4, -1, -1)
     want = through(model(assign=assign), torch.cat([c4[:3], c4[2:3]]), regions, 4)
@@ -180,7 +180,7 @@ def test_a_cell_that_is_not_finite_or_is_zero_spoils_no_other(assign, value):
 
 
 @pytest.mark.parametrize("assign", ["pixel", "region"])
-def test_more_clusters_than_regions_still_give_every_pixel_a_used_cluster(assign):
+def test_with_more_clusters_than_regions_each_pixel_has_a_used_cluster(assign):
     r2o_model = model(assign=assign)
     images, regions = scenes(1)
     m = r2o_model.predict_masks(r2o_model.online["encoder"], images, regions, 40, r2o.seeding_uniforms(1, 40, rng()))
@@ -222,6 +222,6 @@ def test_more_clusters_than_regions_still_give_every_pixel_a_used_cluster(assign
         (lambda: r2o.R2O("resnet51"), "no encoder 'resnet51'"),
     ],
 )
-def test_input_that_does_not_fit_is_refused(call, message):
+def test_invalid_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -20,7 +20,7 @@ NAMES = re.findall(r'show\("(\w+)"', "\n".join(cell.source for cell in CELLS if 
 
 
 @pytest.mark.slow
-def test_every_picture_is_made_as_it_was(tmp_path):
+def test_every_picture_can_be_reproduced(tmp_path):
     """By the Makefile's command, but from a training of seconds: pictures of it have the size of before, and colors."""
     command = re.search(r"\$\(PY\) -m (jupyter nbconvert .*)", (ROOT / "Makefile").read_text())[1]
     settings = {"cwd": ROOT, "env": os.environ | {"TOUR_SMALL": "1"}, "check": True}
@@ -34,13 +34,13 @@ def test_every_picture_is_made_as_it_was(tmp_path):
             assert np.abs(np.asarray(now).astype(int) - np.asarray(then)).mean() < 5, name
 
 
-def test_the_pictures_are_those_of_the_folder_and_under_3_mb():
+def test_the_pictures_match_the_folder_and_stay_under_3_mb():
     files = list((ROOT / "docs/method").iterdir())
     assert {f.name for f in files} == {f"{name}.png" for name in NAMES} and 10 <= len(NAMES) <= 14
     assert sum(f.stat().st_size for f in files) < 3e6
 
 
-def test_the_notebook_and_the_page_are_of_this_source():
+def test_the_notebook_and_the_page_match_the_source():
     notebook = jupytext.read(ROOT / "docs/method.ipynb")
     assert [(c.cell_type, c.source) for c in notebook.cells] == [(c.cell_type, c.source) for c in CELLS]
     page, at = (ROOT / "docs/method.md").read_text(), 0
@@ -49,7 +49,7 @@ def test_the_notebook_and_the_page_are_of_this_source():
     assert "Traceback" not in page and all(f"![{name}](method/{name}.png)" in page for name in NAMES)
 
 
-def test_quoted_code_is_in_the_program():
+def test_quoted_code_is_in_the_source():
     """Line after line, though less indented."""
     program = "\n".join((ROOT / name).read_text() for name in ("r2o.py", "r2o_ops.py", "train.py"))
     quoted = [block for text in TEXT for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
@@ -58,7 +58,7 @@ def test_quoted_code_is_in_the_program():
         assert any(indent(block, " " * n) in program for n in (4, 8)), block
 
 
-def test_links_to_functions_point_at_them():
+def test_links_to_functions_point_to_their_definitions():
     links = re.findall(r"\[([\w.]+)\]\(\.\./(r2o\w*\.py)#L(\d+)\)", "\n".join(TEXT))
     assert len(links) > 8
     for name, file, line in links:

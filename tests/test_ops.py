@@ -84,7 +84,7 @@ def kmeans_case(G, N, D, K, dtype, device, seed, spread=6):
     st.sampled_from([torch.float32, torch.float64]),
     st.integers(0, 99),
 )
-def test_kmeans_picks_the_same_seeds_as_its_reference(device, G, N, D, K, dtype, seed):
+def test_kmeans_chooses_the_seeds_of_its_reference(device, G, N, D, K, dtype, seed):
     """max_iters = 0 returns the seeds, K > N and groups without a valid point included."""
     case = (*kmeans_case(G, N, D, K, dtype, device, seed), 0)
     for got, want in zip(ops.kmeans(*case), r2o.kmeans_ref(*case), strict=True):
@@ -125,7 +125,7 @@ def test_kmeans_at_training_size_has_the_reference_s_inertia(device):
 
 @pytest.mark.parametrize("scale", [1e-6, 1, 1e6])
 @on_devices
-def test_products_of_two_halves_are_exact_to_a_millionth(device, scale):
+def test_split_products_are_exact_to_a_millionth(device, scale):
     """What csrc/cuda/kmeans.cu makes of float32 points; on a CPU the representation alone, multiplied in float64."""
     x = torch.nn.functional.normalize(torch.randn(1, 500, 1024, generator=rng(0)).to(device) + 1, dim=-1) * scale
     x = x - x.mean(1, keepdim=True)
@@ -146,7 +146,7 @@ HERE = torch.backends.cpu.get_cpu_capability().lower()  # PyTorch would take mor
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES[: CAPABILITIES.index(HERE) + 1] if HERE in CAPABILITIES else [HERE])
-def test_ops_agree_with_their_references_in_every_width_of_vectors(capability, tmp_path):
+def test_ops_equal_their_references_for_every_vector_width(capability, tmp_path):
     """csrc/cpu/rows.h has its loops once for each; PyTorch's own switch picks among those that the processor has."""
     names = "region_pool_equals or picks_the_same_seeds or kmeans_equals or mask_pool_and_its"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", f"cpu and ({names})", __file__]
@@ -217,13 +217,13 @@ def test_mask_pool_and_its_gradient_equal_their_references(device, B, C, H, K, P
 
 
 @on_devices
-def test_mask_pool_s_gradient_is_that_of_finite_differences(device):
+def test_mask_pool_s_gradient_equals_finite_differences(device):
     features, weights, pairs = mask_case(2, 3, 3, 4, 6, torch.float64, device, 0)
     assert torch.autograd.gradcheck(lambda x: ops.mask_pool(x, weights, pairs), features.clone().requires_grad_())
 
 
 @on_devices
-def test_ops_are_registered_as_pytorch_wants_them(device):
+def test_ops_pass_opcheck(device):
     """opcheck: schemas, shape inference, autograd and tracing by torch.compile."""
     torch.library.opcheck(ops.region_pool, pool_case(2, 5, 3, 2, 2, 7, torch.uint8, torch.bfloat16, device, 0))
     torch.library.opcheck(ops.kmeans, (*kmeans_case(2, 30, 4, 5, torch.float32, device, 0), 5))
@@ -262,7 +262,7 @@ def test_ops_are_deterministic(device):
 
 @on_devices
 @pytest.mark.parametrize("shape", [(5, 307), (32, 48), (29, 53)])
-def test_region_pool_of_maps_whose_shared_memory_is_about_48_kb(device, shape):
+def test_region_pool_with_about_48_kb_of_shared_memory(device, shape):
     """1,535, 1,536 and 1,537 cells."""
     case = pool_case(1, 3, *shape, 1, 5, torch.uint8, torch.float32, device, 0)
     for got, want in zip(ops.region_pool(*case), r2o.region_pool_ref(*case), strict=True):
@@ -285,7 +285,7 @@ def test_kmeans_of_many_points_or_groups_on_a_gpu(G, N, D, K):
 
 
 @on_devices
-def test_products_are_exact_whatever_others_may_be(device):
+def test_ops_keep_full_precision_whatever_the_global_setting(device):
     """TF32, or bfloat16 on a CPU, would move points between clusters."""
     points = torch.nn.functional.normalize(torch.randn(1, 400, 64, generator=rng(0)).to(device), dim=-1)
     valid = torch.ones(1, 400, dtype=torch.bool, device=device)
@@ -305,14 +305,14 @@ def test_products_are_exact_whatever_others_may_be(device):
 
 
 @on_a_gpu
-def test_kmeans_inside_autocast_on_a_gpu():
+def test_kmeans_under_autocast_on_a_gpu():
     case = (*kmeans_case(2, 60, 8, 5, torch.float32, "cuda", 0), 5)
     with torch.autocast("cuda", torch.bfloat16):
         got = ops.kmeans(*case)
     assert all(torch.equal(a, b) for a, b in zip(got, ops.kmeans(*case), strict=True))
 
 
-def test_output_shapes_follow_from_sizes_that_are_not_known_yet():
+def test_fake_ops_support_symbolic_shapes():
     """P of a nonzero() that torch.compile has not run."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -323,7 +323,7 @@ def test_output_shapes_follow_from_sizes_that_are_not_known_yet():
         assert ops.mask_pool(features, weights, pairs).shape == (pairs.shape[0], 5)
 
 
-def test_boxes_that_are_not_finite_end_soon_and_have_no_weight():
+def test_non_finite_boxes_have_no_weight_and_terminate():
     masks, flips = torch.zeros(3, 4, 4, dtype=torch.long), torch.zeros(3, dtype=torch.bool)
     boxes = torch.tensor([[0, 0, math.inf, 1], [0, math.nan, 1, 1], [0, 0, 3e38, 1]])
     began = time.perf_counter()
@@ -331,7 +331,7 @@ def test_boxes_that_are_not_finite_end_soon_and_have_no_weight():
 
 
 @on_a_gpu
-def test_ops_never_make_the_host_wait():
+def test_ops_never_synchronize_with_the_host():
     case = kmeans_case(2, 500, 16, 8, torch.float32, "cuda", 0)
     pool, crop, mask = (
         pool_case(2, 8, 7, 7, 2, 9, torch.uint8, torch.float32, "cuda", 0),
@@ -435,7 +435,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_ops_refuse_what_does_not_fit(name):
+def test_ops_refuse_invalid_input(name):
     op, *args = BAD[name]()
     with pytest.raises(RuntimeError):
         op(*args)

@@ -64,7 +64,7 @@ def test_images_are_counted_by_top_level_folder(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGB"])
-def test_labels_among_the_photographs_are_warned_of(tmp_path, capsys, mode):
+def test_a_label_among_the_photographs_is_warned_about(tmp_path, capsys, mode):
     fill(tmp_path / "images/train", 9, photo, ".jpg")
     fill(tmp_path / "labels/train", 9, lambda i: label(i, mode))
     _, err = said_of(tmp_path, capsys)
@@ -73,14 +73,14 @@ def test_labels_among_the_photographs_are_warned_of(tmp_path, capsys, mode):
     assert len(err.splitlines()) == 2  # nothing about the photographs
 
 
-def test_labels_beside_their_photographs_are_warned_of(tmp_path, capsys):
+def test_labels_beside_their_photographs_are_warned_about(tmp_path, capsys):
     fill(tmp_path / "one", 8, photo, ".jpg")
     for i in range(8):
         label(i, "L").save(tmp_path / f"one/{i:03}_mask.png")
     assert "8 of 16 images sampled from" in said_of(tmp_path / "one", capsys)[1]
 
 
-def test_photographs_in_classes_are_not_warned_of(tmp_path, capsys):
+def test_photographs_in_class_folders_are_not_warned_about(tmp_path, capsys):
     """Though their names are 000.png, 001.png, … in each."""
     for name in "abc":
         fill(tmp_path / name, 5, lambda i, name=name: photo(i + ord(name)))
@@ -91,7 +91,7 @@ def test_photographs_in_classes_are_not_warned_of(tmp_path, capsys):
     assert "4 of 4 images sampled from masks" in said_of(tmp_path, capsys)[1]  # one of ten folders
 
 
-def test_training_says_what_it_found(tmp_path):
+def test_training_prints_what_it_found(tmp_path):
     """A process, from start to end."""
     fill(tmp_path / "data/images", 10, photo, ".jpg")
     fill(tmp_path / "data/labels", 10, lambda i: label(i, "L"))
@@ -112,7 +112,7 @@ def proposed(refuse, *flags, **kwargs):
 
 
 @pytest.mark.parametrize("count, side", [(3, 40), (40, 300)])
-def test_a_bare_command_proposes_one_that_runs(tmp_path, refuse, monkeypatch, count, side):
+def test_a_command_that_does_not_fit_proposes_one_that_runs(tmp_path, refuse, monkeypatch, count, side):
     """Here, as printed."""
     monkeypatch.chdir(tmp_path)
     fill(tmp_path / "my photos", count, lambda i: photo(i, (side + 20, side)), ".jpg")
@@ -140,7 +140,7 @@ def test_a_bare_command_proposes_one_that_runs(tmp_path, refuse, monkeypatch, co
     assert done.returncode == 0, done.stderr
 
 
-def test_what_is_proposed_counts_the_images_that_can_be_read(tmp_path, refuse):
+def test_the_proposal_counts_readable_images_only(tmp_path, refuse):
     fill(tmp_path / "photos", 9, photo)
     for i in range(3):
         (tmp_path / f"photos/{i:03}.png").write_bytes(b"no image")
@@ -154,7 +154,7 @@ def test_what_is_proposed_counts_the_images_that_can_be_read(tmp_path, refuse):
     assert proposed(refuse, "--data", one, world=3)[:2] == ["python", "train.py"]
 
 
-def test_what_is_proposed_for_a_gpu_fits_its_memory(tmp_path, monkeypatch):
+def test_the_proposal_for_a_gpu_fits_its_memory(tmp_path, monkeypatch):
     """The choice for another machine: its device is pretended, the arithmetic is done on the CPU."""
     fill(tmp_path / "photos", 60, lambda i: photo(i, (300, 300)), ".jpg")
     listed, args = list_images(tmp_path / "photos"), train.parse_args(["--data", "photos"])
@@ -171,7 +171,7 @@ def test_what_is_proposed_for_a_gpu_fits_its_memory(tmp_path, monkeypatch):
     assert chosen["--accum"] == "2"
 
 
-def test_a_container_s_limit_is_the_memory(tmp_path, monkeypatch):
+def test_a_container_s_memory_limit_is_respected(tmp_path, monkeypatch):
     limits = {"/sys/fs/cgroup/memory.max": "7000\n", "/sys/fs/cgroup/memory/memory.limit_in_bytes": "max\n"}
     monkeypatch.setattr(plan.Path, "read_text", lambda self: limits[str(self)])
     assert plan.memory_of(torch.device("cpu")) == 7000
@@ -195,7 +195,7 @@ def test_a_dry_run_of_a_large_batch_times_few_images(photos, tmp_path, capsys, m
     assert timed == [2, 2, 4, 4, 8, 8, 8, 8, 8, 8] and "3 steps of 8 of 16 images took" in capsys.readouterr().out
 
 
-def test_the_plan_counts_the_k_means_of_groups_that_do_not_divide(capsys):
+def test_the_plan_counts_the_k_means_problems_of_uneven_groups(capsys):
     """20 images in 4 micro-batches of 5, in groups of at most 4: 2 of each."""
     flags = ["--data", "x", "--batch-size", "20", "--accum", "4", "--kmeans-group", "4"]
     args = train.parse_args(flags)
@@ -207,13 +207,13 @@ def test_the_plan_counts_the_k_means_of_groups_that_do_not_divide(capsys):
 
 
 @pytest.mark.parametrize("arch", r2o.ARCHS)
-def test_the_grids_are_those_of_the_features(arch):
+def test_the_plan_s_grid_sizes_are_those_of_the_features(arch):
     net, x = r2o.build_encoder(arch), torch.zeros(1, 3, 128, 128)
     with torch.no_grad():
         assert plan.cells(arch, 128) == (r2o.encode_c4(net, x).shape[-1], r2o.encode(net, x).shape[-1])
 
 
-def test_masks_of_few_cells_are_warned_of(photos, capsys):
+def test_masks_of_few_cells_are_warned_about(photos, capsys):
     def warned(*flags):
         plan.check_cells(train.parse_args(["--data", "x", *flags]))
         return capsys.readouterr().err
@@ -230,7 +230,7 @@ def test_masks_of_few_cells_are_warned_of(photos, capsys):
 # ---- unreadable and huge images -------------------------------------------------------------------------------------
 
 
-def test_more_than_one_unreadable_image_in_a_hundred_can_be_left_out(tmp_path, refuse, capsys):
+def test_skip_unreadable_allows_more_than_one_percent(tmp_path, refuse, capsys):
     fill(tmp_path / "photos", 12, photo)
     for i in range(3):
         (tmp_path / f"photos/{i:03}.png").write_bytes(b"no image")
@@ -278,7 +278,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, m
         ("pybind11", "pybind11", "setup.py build_ext --inplace"),
     ],
 )
-def test_a_missing_package_is_one_line_with_the_command_that_mends_it(tmp_path, photos, module, package, command):
+def test_a_missing_package_is_one_line_with_the_command_to_install_it(tmp_path, photos, module, package, command):
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules['{module}'] = None\n")
     words = [str(photos) if word == "DATA" else word for word in command.split()]
     words += ["--out", str(tmp_path / "out")] if "DATA" in command else []
@@ -289,7 +289,7 @@ def test_a_missing_package_is_one_line_with_the_command_that_mends_it(tmp_path, 
     assert f"pip install {package}" in lines[-1] and len(lines) == 1
 
 
-def test_ops_that_were_not_built_are_said_to_be_slow(monkeypatch):
+def test_unbuilt_ops_are_reported_as_slow(monkeypatch):
     assert "build_ext" not in cli.ops("cpu") or r2o.extension("cpu") == "python"
     monkeypatch.setattr(r2o, "extension", lambda device: "python")
     assert "ops: python; python setup.py build_ext --inplace makes the mask step 3 to 8 times faster" in cli.ops("cpu")

@@ -51,7 +51,7 @@ def test_training_moves_every_weight_and_the_target_follows(finished):
     assert 0 < distance["target"] < distance["online"]
 
 
-def test_a_finished_run_started_again_changes_nothing(photos, finished):
+def test_rerunning_a_finished_run_changes_nothing(photos, finished):
     before = {path.name: path.read_bytes() for path in finished[0].iterdir() if path.suffix != ".pth"}
     weights = load(finished[0] / "r2o.pth")["state_dict"]
     with open(finished[0] / "log.jsonl", "a") as log:
@@ -72,7 +72,7 @@ def test_two_processes_train_together(photos, finished, tmp_path):
 
 
 @pytest.mark.parametrize("world, accum", [(3, 1), (1, 3), (2, 3)])
-def test_every_image_is_seen_once_an_epoch_whatever_the_number_of_processes_and_parts(world, accum):
+def test_every_image_is_seen_once_per_epoch_for_any_number_of_processes_and_parts(world, accum):
     whole = list(Batches(50, 12, range(8), seed=1))
     assert len(whole) == 8
     for epoch in (0, 1):
@@ -95,7 +95,7 @@ def test_resnet_weights_load_into_torchvision(photos, tmp_path):
     assert result.missing_keys == ["fc.weight", "fc.bias"] and not result.unexpected_keys
 
 
-def test_four_steps_of_training_are_what_they_are_written_to_be(photos, tmp_path):
+def test_four_training_steps_equal_a_plain_reimplementation(photos, tmp_path):
     """train.py against the loop spelled out, with every setting away from its default."""
     flags = (
         "--epochs 2 --batch-size 12 --k-start 8 --k-end 3 --hold-epochs 0 --lr 2 --lr-k 8 --weight-decay 0.1 --tau 0.9"
@@ -188,7 +188,7 @@ def test_one_batch_can_be_overfitted():
         (["--out", "/dev/null/out"], "cannot make the folder /dev/null/out (Not a directory): pass another"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_at_once(photos, tmp_path, refuse, flags, said):
+def test_impossible_settings_are_refused_at_once(photos, tmp_path, refuse, flags, said):
     base = ["--data", photos, "--out", tmp_path, "--regions", tmp_path / "r.npy", *SMALL, "--workers", "0"]
     assert said in refuse(*base, *flags)
     assert not (tmp_path / "last.pth").exists()
@@ -220,13 +220,13 @@ def test_region_maps_of_other_data_are_refused(finished, tmp_path, refuse):
     assert "belong to other data or settings" in said
 
 
-def test_the_exit_status_is_2_for_the_shell_too():
+def test_the_exit_status_of_the_process_is_2():
     done = subprocess.run([sys.executable, "train.py", "--data", "nowhere"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "train.py: error: no such folder: nowhere; expected a folder of images, flat or nested\n"
 
 
-def test_images_lost_after_the_maps_were_made_are_counted_and_too_many_end_the_run(photos, tmp_path, refuse):
+def test_images_missing_since_the_maps_were_computed_are_counted_and_too_many_end_the_run(photos, tmp_path, refuse):
     """Of 24, one: more than 1 %. What was trained until then is saved."""
     data, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(photos, data)
@@ -239,7 +239,7 @@ def test_images_lost_after_the_maps_were_made_are_counted_and_too_many_end_the_r
     assert json.loads((out / "log.jsonl").read_text())["unreadable"] == 1
 
 
-def test_what_pip_installs_imports_nothing_of_ours_that_it_does_not_install():
+def test_the_installed_package_imports_only_installed_modules():
     modules = set(
         re.search(r"py-modules = \[(.*)\]", (ROOT / "pyproject.toml").read_text())[1].replace('"', "").split(", ")
     )
@@ -252,13 +252,13 @@ def test_what_pip_installs_imports_nothing_of_ours_that_it_does_not_install():
 # ---- the other ways to run it ----------------------------------------------------------------------------------------
 
 
-def test_prepare_makes_the_maps_and_ends(photos, tmp_path, capsys):
+def test_prepare_computes_the_maps_and_exits(photos, tmp_path, capsys):
     train.main(["--data", str(photos), "--out", str(tmp_path / "out"), *SMALL, "--prepare"])
     assert "regions.npy: 24 images of at most" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["regions.json", "regions.npy"]
 
 
-def test_a_dry_run_says_what_it_costs_and_writes_nothing(photos, tmp_path, capsys):
+def test_a_dry_run_prints_time_and_memory_and_writes_nothing(photos, tmp_path, capsys):
     train.main(["--data", str(photos), "--out", str(tmp_path / "out"), *SMALL, "--dry-run", "--accum", "2"])
     said = capsys.readouterr().out
     assert "12 in a, 12 in b\n3 epochs of 3 steps, 9 in all" in said
@@ -290,7 +290,7 @@ def test_the_plan_of_the_papers_run(capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("mode", [["--dry-run"], []])
-def test_what_does_not_fit_the_memory_is_refused_before_training(photos, tmp_path, refuse, monkeypatch, mode):
+def test_runs_that_exceed_the_memory_are_refused_before_training(photos, tmp_path, refuse, monkeypatch, mode):
     """With the --accum that does fit; a run that has begun goes on, for it is an estimate."""
     flags = ["--data", photos, "--out", tmp_path / "out", *SMALL, "--size", 64, "--regions", tmp_path / "r.npy", *mode]
     model = r2o.R2O("tiny", hidden=16, dim=8)
@@ -309,14 +309,14 @@ def test_what_does_not_fit_the_memory_is_refused_before_training(photos, tmp_pat
         train.main([str(f) for f in (*flags, "--accum", 2)])
 
 
-def test_looking_at_the_memory_changes_no_weight_and_no_statistic():
+def test_estimating_memory_has_no_side_effects():
     model = r2o.R2O("tiny", hidden=16, dim=8)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     plan.training_memory(model, 8, 64, torch.device("cpu"))
     assert same(before, dict(model.state_dict()))
 
 
-def test_the_memory_that_is_foreseen_is_that_which_is_taken():
+def test_the_memory_estimate_matches_what_a_step_allocates():
     """Against a count of all storage alive after the forward pass, at another number of images."""
     model = r2o.R2O("resnet18", hidden=64, dim=32)
     alive = {}
@@ -337,7 +337,7 @@ def test_the_memory_that_is_foreseen_is_that_which_is_taken():
     assert plan.training_memory(model, 5, 64, torch.device("cpu")) == pytest.approx(expected, rel=0.02)
 
 
-def test_accumulated_parts_count_as_one_step(photos, tmp_path):
+def test_accumulated_micro_batches_count_as_one_step(photos, tmp_path):
     """EMA, schedules and K follow the optimizer's steps: as many, and the same, as without parts."""
     logs = []
     for accum in ("1", "2"):
@@ -360,7 +360,7 @@ def test_no_two_samples_of_an_epoch_are_augmented_alike(photos, tmp_path):
     assert len(keys) == 24 and len(boxes.flatten(1).unique(dim=0)) == 24
 
 
-def test_tensorboard_gets_what_the_log_gets(photos, tmp_path):
+def test_tensorboard_gets_the_figures_of_the_log(photos, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -373,12 +373,12 @@ def test_tensorboard_gets_what_the_log_gets(photos, tmp_path):
     assert [e.step for e in events.Images("strip")] == [1, 2, 3]
 
 
-def test_without_tensorboard_asking_for_it_is_refused(photos, refuse, monkeypatch):
+def test_asking_for_tensorboard_without_the_package_is_refused(photos, refuse, monkeypatch):
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     assert "pip install tensorboard" in refuse("--data", photos, *SMALL, "--tensorboard")
 
 
-def test_a_compiled_encoder_trains_as_the_plain_one(photos, tmp_path, monkeypatch):
+def test_a_compiled_encoder_trains_like_the_eager_one(photos, tmp_path, monkeypatch):
     """Traced whole, there and back, by torch.compile, but without generating code, which takes a minute."""
     traced, losses = [], []
 
@@ -394,7 +394,7 @@ def test_a_compiled_encoder_trains_as_the_plain_one(photos, tmp_path, monkeypatc
     assert traced == [r2o.encode_c4, r2o.encode]
 
 
-def test_precision_is_that_of_the_networks_and_not_of_their_weights(photos, tmp_path):
+def test_precision_applies_to_activations_and_not_to_weights(photos, tmp_path):
     convolved, losses, trained = [], [], []
 
     def note(module, _, output):
@@ -415,7 +415,7 @@ def test_precision_is_that_of_the_networks_and_not_of_their_weights(photos, tmp_
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_batches_copied_ahead_to_a_gpu_are_those_of_the_loader():
+def test_batches_copied_ahead_to_a_gpu_equal_the_loader_s():
     batches = [{"image": torch.full((4, 8), i).pin_memory(), "factors": torch.full((4,), i)} for i in range(5)]
     for i, batch in enumerate(copy_ahead(iter(batches), torch.device("cuda"))):
         assert batch["image"].is_cuda and (batch["image"] == i).all()

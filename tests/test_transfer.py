@@ -28,7 +28,7 @@ refused_segment, refused_detect = refused_by(segment), refused_by(detect)
 
 
 @pytest.mark.parametrize("arch, width", [("resnet18", 512), ("resnet50", 2048)])
-def test_the_fcn_is_a_2_s(arch, width, monkeypatch):
+def test_the_fcn_follows_a_2(arch, width, monkeypatch):
     """conv5: 3 x 3 with dilation 2, stride 1; two 3 x 3 of 256 with dilation 6, batch norm, ReLU; dropout; 1 x 1."""
     fcn = segment.FCN(r2o.build_encoder(arch), 21).eval()
     convs = [m for m in fcn.encoder.layer4.modules() if isinstance(m, torch.nn.Conv2d)]
@@ -48,7 +48,7 @@ def test_the_fcn_is_a_2_s(arch, width, monkeypatch):
         assert dropped == [(0.1, True)]
 
 
-def test_dilated_weights_see_what_they_saw_before():
+def test_a_dilated_stage_has_the_original_outputs_at_every_other_cell():
     """At stride 1 with dilation 2, every other cell of conv5's output is what it was (its first block apart)."""
     torch.manual_seed(0)
     block = r2o.build_encoder("resnet18").eval().layer4[1]
@@ -63,7 +63,7 @@ def test_dilated_weights_see_what_they_saw_before():
         torch.testing.assert_close(block(spread)[..., ::2, ::2], before)
 
 
-def test_mask_rcnn_normalizes_and_trains_all_of_it():
+def test_mask_rcnn_trains_all_weights_and_normalizes_every_convolution():
     """With Detectron2's number of proposals and adaptive sampling."""
     net = detect.mask_rcnn(r2o.build_encoder("resnet50"), 80, 256)
     assert (
@@ -83,7 +83,7 @@ def test_mask_rcnn_normalizes_and_trains_all_of_it():
 
 
 @pytest.mark.parametrize("arch, strides", [("resnet18", [4, 8, 16, 32]), ("tiny", [2, 4, 4, 8])])
-def test_a_detector_whose_first_image_is_flat_pools_at_the_right_scales(arch, strides):
+def test_a_detector_pools_at_the_right_scales_even_if_its_first_image_is_flat(arch, strides):
     net = detect.mask_rcnn(r2o.build_encoder(arch), 2, 64).eval()
     with torch.no_grad():
         net([torch.rand(3, 40, 90)])
@@ -124,7 +124,7 @@ def test_a_mask_stays_on_its_image_and_padding_is_void(seed, h, w, scale, size):
         assert (m == 1).any(0).sum() == pytest.approx(width, abs=1.5)
 
 
-def test_samples_are_mirrored_and_follow_from_their_generator_alone():
+def test_samples_are_mirrored_and_depend_on_their_generator_alone():
     ramp = torch.arange(9, dtype=torch.uint8).expand(3, 9, 9) * 20
     seen = []
     for seed in [*range(9), 0]:
@@ -185,7 +185,7 @@ def opened(*data, more=()):
     return scenes.open_scenes(segment.parse_args([str(f) for f in (*SEGMENT, "--data", *data, *more)]))
 
 
-def test_sbd_adds_what_voc_has_not(shapes, tmp_path):
+def test_sbd_adds_the_images_that_voc_lacks(shapes, tmp_path):
     """train_aug: VOC's train, and SBD's images of neither of VOC's splits."""
     scipy_io = pytest.importorskip("scipy.io")
     for name in ("img", "cls"):
@@ -223,7 +223,7 @@ def results(out):
 
 
 @pytest.mark.slow
-def test_a_run_learns_its_training_images_and_says_how_well(shapes, tmp_path, capsys):
+def test_a_run_learns_its_training_images_and_prints_its_score(shapes, tmp_path, capsys):
     out = tmp_path / "out"
     flags = ["--data", shapes, "--out", out, "--epochs", 50, "--lr", 0.05, 1e-6, "--seeds", 0, 1, "--scales", 1, 1]
     segment.main([str(f) for f in (*SEGMENT, *flags)])
@@ -250,7 +250,7 @@ def stopped_after(monkeypatch, program, steps, flags):
     assert stop.value.code == distributed.STOPPED
 
 
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(shapes, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_bit_identically(shapes, tmp_path, monkeypatch):
     def flags(name):
         more = ["--data", shapes, "--out", tmp_path / name, "--epochs", 3, "--seeds", 4, "--lr", 0.01]
         return [str(f) for f in (*SEGMENT, *more)]
@@ -266,7 +266,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(shapes, tmp_path, monke
     assert results(tmp_path / "whole")["runs"] == results(tmp_path / "parts")["runs"]
 
 
-def test_no_epochs_means_to_evaluate_what_was_trained(shapes, tmp_path, refused_segment):
+def test_zero_epochs_evaluates_the_trained_checkpoint(shapes, tmp_path, refused_segment):
     def run(*more):
         flags = ["--data", shapes, "--out", tmp_path, "--seeds", 0, "--lr", 0.05, "--scales", 1, 1, *more]
         segment.main([str(f) for f in (*SEGMENT, *flags)])
@@ -278,7 +278,7 @@ def test_no_epochs_means_to_evaluate_what_was_trained(shapes, tmp_path, refused_
     assert "there is no" in refused_segment(*SEGMENT, *flags)
 
 
-def test_an_unfinished_run_that_is_evaluated_is_called_unfinished(shapes, tmp_path, monkeypatch, capsys):
+def test_evaluating_an_unfinished_run_says_so(shapes, tmp_path, monkeypatch, capsys):
     flags = [*SEGMENT, "--data", shapes, "--out", tmp_path, "--seeds", 0, "--lr", 0.05]
     stopped_after(monkeypatch, segment, 2, [str(f) for f in (*flags, "--epochs", 3)])
     segment.main([str(f) for f in (*flags, "--epochs", 0)])
@@ -291,7 +291,7 @@ def test_an_unfinished_run_that_is_evaluated_is_called_unfinished(shapes, tmp_pa
     assert results(tmp_path)["unfinished"] == {} and "NOT FINISHED" not in capsys.readouterr().out
 
 
-def test_the_papers_figure_stands_beside_its_own_data_alone(shapes, tmp_path, monkeypatch, capsys):
+def test_the_paper_s_figure_is_printed_for_its_own_data_only(shapes, tmp_path, monkeypatch, capsys):
     flags = [*SEGMENT, "--data", shapes, "--out", tmp_path, "--seeds", 0, "--lr", 0.05, "--epochs", 1]
     segment.main([str(f) for f in flags])
     assert "| paper: none for this data |" in capsys.readouterr().out
@@ -300,7 +300,7 @@ def test_the_papers_figure_stands_beside_its_own_data_alone(shapes, tmp_path, mo
     assert "| paper: mIoU 77.3 (Table 1)" in capsys.readouterr().out
 
 
-def test_a_learning_rate_that_diverges_does_not_take_the_others_along(shapes, tmp_path, capsys, refused_segment):
+def test_a_diverging_learning_rate_does_not_end_the_sweep(shapes, tmp_path, capsys, refused_segment):
     flags = ["--data", shapes, "--seeds", 0, "--epochs", 2, "--out", tmp_path]
     segment.main([str(f) for f in (*SEGMENT, *flags, "--lr", 0.01, 1e30)])
     said = capsys.readouterr()
@@ -309,7 +309,7 @@ def test_a_learning_rate_that_diverges_does_not_take_the_others_along(shapes, tm
     assert "a run diverged at each" in refused_segment(*SEGMENT, *flags, "--lr", 1e30)
 
 
-def test_another_encoder_under_the_same_name_is_not_taken_for_the_one_before(shapes, tmp_path, refused_segment):
+def test_another_encoder_under_the_same_name_is_noticed(shapes, tmp_path, refused_segment):
     flags = [*SEGMENT[2:], "--data", shapes, "--seeds", 0, "--epochs", 1, "--out", tmp_path / "out"]
     flags = ["--ckpt", tmp_path / "my.pth", *flags]
     for seed in (1, 2):
@@ -320,7 +320,7 @@ def test_another_encoder_under_the_same_name_is_not_taken_for_the_one_before(sha
     assert "was trained from other weights than --ckpt" in refused_segment(*flags)
 
 
-def test_seeds_scales_and_steps_are_what_the_flags_say(shapes, coco, tmp_path, monkeypatch):
+def test_seeds_scales_and_steps_follow_the_flags(shapes, coco, tmp_path, monkeypatch):
     calls = []
 
     def fit(run, model, fingerprint, data, loss_of, drops, warmup=0, collate=None, optimizer_of=None):
@@ -351,7 +351,7 @@ def test_seeds_scales_and_steps_are_what_the_flags_say(shapes, coco, tmp_path, m
     assert 0.5 < seen[1][0].max() <= 1 and rcnn.transform.size_divisible == 64
 
 
-def test_the_defaults_of_fine_tuning_are_the_paper_s(shapes, coco, tmp_path, monkeypatch):
+def test_fine_tuning_defaults_are_the_paper_s(shapes, coco, tmp_path, monkeypatch):
     """A.2: 30,000 steps for segmentation; for COCO batches of 32 and 1,000 steps of warm-up; three seeds (Tables 5, 6).
     A.5 for a ViT. --lr paper is the sweep of A.2."""
     seen = []
@@ -439,7 +439,7 @@ def test_cityscapes_is_resized_for_training_and_evaluation(tmp_path, monkeypatch
     assert seen == [(1025, 2049)] * 2
 
 
-def test_groups_of_weights_may_have_a_scale_of_the_learning_rate(tmp_path):
+def test_parameter_groups_may_scale_the_learning_rate(tmp_path):
     """As a ViT's layers do."""
     net, args = (
         torch.nn.Linear(2, 2),
@@ -462,7 +462,7 @@ def test_groups_of_weights_may_have_a_scale_of_the_learning_rate(tmp_path):
     assert torch.equal(before[0], net.weight) and not torch.equal(before[1], net.bias)
 
 
-def test_a_vit_is_fine_tuned_as_a_5_says(coco, tmp_path, monkeypatch):
+def test_a_vit_is_fine_tuned_as_in_a_5(coco, tmp_path, monkeypatch):
     seen = []
 
     def fit(run, model, fingerprint, data, loss_of, drops, warmup, collate, optimizer_of):
@@ -481,7 +481,7 @@ def test_a_vit_is_fine_tuned_as_a_5_says(coco, tmp_path, monkeypatch):
     assert kinds == "ConvTranspose2d LayerNorm2d GELU ConvTranspose2d Conv2d LayerNorm2d Conv2d LayerNorm2d".split()
 
 
-def test_what_cannot_be_dilated_is_refused(shapes, tmp_path, refused_segment):
+def test_an_encoder_that_cannot_be_dilated_is_refused(shapes, tmp_path, refused_segment):
     flags = ["--ckpt", "random", "--arch", "vit_b", "--data", shapes, "--out", tmp_path, "--seeds", 0]
     assert "the FCN dilates the last stage of a ResNet, which vit_b lacks" in refused_segment(*flags)
 
@@ -498,7 +498,7 @@ def test_two_processes_train_and_evaluate_together(shapes, tmp_path):
     assert results(tmp_path)["runs"]["0.01"][0]["mIoU"] == pytest.approx(together)
 
 
-def test_segment_refuses_what_does_not_fit(shapes, tmp_path, refused_segment):
+def test_segment_refuses_invalid_input(shapes, tmp_path, refused_segment):
     def said(*flags, data=shapes):
         out = tmp_path / f"out-{data.name}"
         return refused_segment(*SEGMENT, "--data", data, "--out", out, "--seeds", 0, *flags)
@@ -556,7 +556,7 @@ def own(shapes, tmp_path):
     return tmp_path / "own"
 
 
-def test_own_labels_are_trained_on_and_named(own, tmp_path, capsys):
+def test_own_labels_are_trained_on_under_their_names(own, tmp_path, capsys):
     """As a process, from start to result."""
     flags = [
         "--data",
@@ -590,7 +590,7 @@ def test_own_labels_are_trained_on_and_named(own, tmp_path, capsys):
     assert (sheet[-16:, 2 * 112 :] == 255).all() and np.abs(two[0].astype(int) - two[1]).max() > 60
 
 
-def test_own_splits_may_be_folders_in_images_and_labels_or_hold_them(own, tmp_path):
+def test_own_splits_may_lie_inside_images_and_labels_or_contain_them(own, tmp_path):
     more = ["--classes", 2, "--void", 255]
     _, train, val = opened(own, more=more)
     assert [i.name for i, _ in val] == ["00.jpg", "05.jpg", "10.jpg", "15.jpg"] and len(train) == 12
@@ -621,14 +621,14 @@ def test_ids_of_own_labels_become_classes_and_void_ones_none(own):
     assert label.unique().tolist() == [0, 1, 255]
 
 
-def test_labels_named_with_an_ending_find_their_images(own):
+def test_labels_with_a_suffix_find_their_images(own):
     for path in list((own / "labels").iterdir()):
         path.rename(own / f"images/{path.stem}_L.png")
     _, train, val = opened(own / "images", own / "images", more=["--classes", 2, "--void", 255, "--mask-suffix", "_L"])
     assert len(train) == 12 and all(m.name == f"{i.stem}_L.png" for i, m in train + val)
 
 
-def test_own_labels_that_cannot_be_meant_are_refused_before_training(own, tmp_path, refused_segment):
+def test_implausible_own_labels_are_refused_before_training(own, tmp_path, refused_segment):
     def said(*flags):
         line = refused_segment(*SEGMENT, "--data", own, "--out", tmp_path / "out", *OWN, *flags)
         assert not (tmp_path / "out").exists()
@@ -684,7 +684,7 @@ def test_own_labels_that_cannot_be_meant_are_refused_before_training(own, tmp_pa
     assert "1 of 16 images have no mask of the same name" in said(*two)
 
 
-def test_masks_of_0_and_255_are_not_taken_for_labels_whose_objects_are_void(own, tmp_path, refused_segment):
+def test_masks_of_0_and_255_are_not_mistaken_for_void_objects(own, tmp_path, refused_segment):
     """Nor labels that are void where it counts."""
     flags = [*SEGMENT, "--data", own, "--out", tmp_path / "out", *OWN, "--classes", 2]
     for path in (own / "labels").iterdir():
@@ -700,7 +700,7 @@ def test_masks_of_0_and_255_are_not_taken_for_labels_whose_objects_are_void(own,
     assert "all labels to evaluate on are void: 255" in refused_segment(*flags)
 
 
-def test_a_class_that_no_label_holds_is_said_and_not_counted(own, tmp_path, capsys):
+def test_a_class_without_labels_is_reported_and_not_averaged(own, tmp_path, capsys):
     (own / "names.txt").write_bytes("ground\r\nsoup\r\nspoon\r\n".encode("utf-8-sig"))
     flags = [*SEGMENT, "--data", own, "--out", tmp_path, *OWN, "--classes", own / "names.txt"]
     segment.main([str(f) for f in flags])
@@ -709,9 +709,7 @@ def test_a_class_that_no_label_holds_is_said_and_not_counted(own, tmp_path, caps
     assert results(tmp_path)["classes"] == ["ground", "soup", "spoon"]
 
 
-def test_a_run_is_not_gone_on_with_on_other_data_of_as_many_images(
-    own, coco, tmp_path, refused_segment, refused_detect
-):
+def test_a_run_is_not_resumed_on_other_data_of_the_same_size(own, coco, tmp_path, refused_segment, refused_detect):
     flags = [*SEGMENT, "--data", own, "--out", tmp_path / "out", *OWN]
     segment.main([str(f) for f in (*flags, "--classes", 2)])
     (own / "names.txt").write_text("soup\nground\n")
@@ -733,13 +731,13 @@ def test_a_run_is_not_gone_on_with_on_other_data_of_as_many_images(
     assert "was trained on other data: pass another --out" in refused_detect(*flags)
 
 
-def test_data_sets_with_classes_of_their_own_take_no_others(shapes, tmp_path, refused_segment):
+def test_voc_refuses_flags_for_own_classes(shapes, tmp_path, refused_segment):
     flags = [*SEGMENT, "--data", shapes, "--out", tmp_path, "--seeds", 0]
     assert "PASCAL VOC has its own classes: leave --classes, --void" in refused_segment(*flags, "--classes", 3)
     assert "--data takes one folder, or one of images" in refused_segment(*flags[:-4], shapes, shapes, *flags[-4:])
 
 
-def test_the_colors_of_thirty_classes_can_be_told_apart():
+def test_the_colors_of_thirty_classes_are_distinguishable():
     """In CIE Lab, as painted: a just noticeable difference is about 2.3."""
     from skimage.color import deltaE_ciede2000, rgb2lab
 
@@ -810,14 +808,14 @@ def objects_of(coco):
     return objects.setdefault(coco, detect.Objects(*coco_files(coco, "train"), 96))
 
 
-def test_crowds_and_empty_images_are_not_trained_on_but_evaluated(coco):
+def test_crowds_and_empty_images_are_evaluated_but_not_trained_on(coco):
     data = objects_of(coco)
     assert [data.row(i)["id"] for i in range(len(data))] == [10, 11, 12, 13, 14, 15]
     assert all(not a["iscrowd"] for i in range(len(data)) for a in data.row(i)["annotations"]) and data.coco is None
     assert len(detect.Objects(*coco_files(coco, "val"), 96, trains=False)) == 7
 
 
-def test_ap_of_the_truth_is_100_and_of_nothing_0(coco):
+def test_the_truth_has_ap_100_and_no_detections_have_ap_0(coco):
     from pycocotools import mask as rle
 
     val = detect.Objects(*coco_files(coco, "val"), 96, trains=False)
@@ -891,7 +889,7 @@ def key_of(found):
     return sorted((one["image_id"], one["category_id"], round(one["score"], 4)) for one in found)
 
 
-def test_detections_are_in_the_image_s_pixels_and_coco_s_categories(coco):
+def test_detections_use_image_pixels_and_coco_categories(coco):
     class Sees(torch.nn.Module):
         """One box, of label 2, in a quarter of each image."""
 
@@ -913,7 +911,7 @@ def test_detections_are_in_the_image_s_pixels_and_coco_s_categories(coco):
     )
 
 
-def test_detect_refuses_what_does_not_fit(coco, tmp_path, refused_detect):
+def test_detect_refuses_invalid_input(coco, tmp_path, refused_detect):
     def said(*flags, data=coco):
         return refused_detect(*DETECT, "--data", data, "--out", tmp_path / "out", *flags)
 
@@ -943,7 +941,7 @@ def test_detect_refuses_what_does_not_fit(coco, tmp_path, refused_detect):
 
 
 @pytest.mark.slow
-def test_any_coco_json_will_do(coco, few_boxes, tmp_path, capsys):
+def test_any_coco_json_is_accepted(coco, few_boxes, tmp_path, capsys):
     """Images anywhere, in any order; fewer categories in val; neither ids nor boxes, areas, crowds."""
     bare = ("image_id", "category_id", "segmentation")
     for split, keep in (("train", (3, 90)), ("val", (90,))):

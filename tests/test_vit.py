@@ -32,7 +32,7 @@ def ours(tmp_path_factory):
 
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(224, 224), (128, 192)])
-def test_maps_are_of_c4_s_and_c5_s_resolution_at_any_size(ours, shape):
+def test_vit_maps_have_the_resolution_of_c4_and_c5_at_any_size(ours, shape):
     h, w = shape
     x = torch.randn(1, 3, h, w, generator=rng())
     c4, c5 = r2o.encode_c4(ours[1], x), r2o.encode(ours[1], x)
@@ -41,7 +41,7 @@ def test_maps_are_of_c4_s_and_c5_s_resolution_at_any_size(ours, shape):
 
 
 @torch.no_grad()
-def test_timm_and_torchvision_have_the_same_features_from_the_exports(ours, tmp_path):
+def test_timm_and_torchvision_compute_the_same_features_from_the_exports(ours, tmp_path):
     def written(to, name):
         export.main(["--ckpt", str(ours[0]), "--to", to, "--out", str(tmp_path / name)])
         return tmp_path / name
@@ -68,7 +68,7 @@ def test_timm_and_torchvision_have_the_same_features_from_the_exports(ours, tmp_
 
 
 @torch.no_grad()
-def test_mae_s_weights_are_read_and_their_c4_is_the_last_block_s_map(ours, tmp_path):
+def test_mae_weights_load_and_c4_is_the_last_block_s_map(ours, tmp_path):
     """MAE's release holds timm's names under `model`; the whole one also a decoder."""
     state = {r2o_vit.rename(n, True): x for n, x in ours[1].state_dict().items() if not n.startswith(weights.APPENDED)}
     more = {
@@ -88,19 +88,19 @@ def test_mae_s_weights_are_read_and_their_c4_is_the_last_block_s_map(ours, tmp_p
         weights.load_encoder(tmp_path / "part.pth")
 
 
-def test_r2o_pth_comes_back_with_its_appended_layers(ours):
+def test_r2o_pth_round_trips_with_its_appended_layers(ours):
     net, line = weights.load_encoder(ours[0])
     assert all(torch.equal(x, net.state_dict()[name]) for name, x in ours[1].state_dict().items())
     assert "162 of 162 tensors matched" in line
 
 
-def test_libraries_without_such_a_vit_are_refused(ours, tmp_path, refused):
+def test_exporting_a_vit_to_a_library_without_one_is_refused(ours, tmp_path, refused):
     line = refused("--ckpt", ours[0], "--to", "mmseg", "--out", tmp_path / "o.pth")
     assert "holds the encoder vit_b, which mmseg lacks: pass --to r2o or torchvision or timm" in line
 
 
 @pytest.mark.slow
-def test_a_step_of_r2o_reaches_every_layer_of_a_vit():
+def test_an_r2o_step_reaches_every_layer_of_a_vit():
     torch.manual_seed(0)
     model = r2o.R2O("vit_b", num_regions=196, hidden=16, dim=8)
     regions = r2o.grid_regions(size=32).expand(2, -1, -1)
@@ -116,7 +116,7 @@ def test_a_step_of_r2o_reaches_every_layer_of_a_vit():
 # ---- Mask R-CNN on a ViT --------------------------------------------------------------------------------------------
 
 
-def test_layer_wise_decay_and_drop_path_are_a_5_s():
+def test_layer_wise_decay_and_drop_path_follow_a_5():
     with torch.device("meta"):
         net = torch.nn.ModuleDict(
             {"backbone": torch.nn.ModuleDict({"body": r2o_vit.ViT(), "fpn": torch.nn.Linear(2, 2)})}
@@ -136,7 +136,7 @@ def test_layer_wise_decay_and_drop_path_are_a_5_s():
 
 
 @pytest.mark.slow
-def test_a_mask_r_cnn_on_a_vit_trains_every_weight_and_pools_at_the_right_scales(ours):
+def test_mask_rcnn_on_a_vit_trains_every_weight_and_pools_at_the_right_scales(ours):
     """DDP allows no weight without a gradient."""
     net = detect.mask_rcnn(weights.load_encoder(ours[0])[0], 2, 128)
     assert net.roi_heads.box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
