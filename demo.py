@@ -160,6 +160,7 @@ def run(out: Path, seed: int, count: int, flags: list[str], scenes) -> dict[str,
         k = r2o.num_clusters(epoch, EPOCHS, K_START, K_END, round(EPOCHS * 40 / 300))
         encoder = load_encoder(out / f"seed{seed}/epoch_{epoch:04}.pth")[0] if epoch else start
         wanted.append((f"epoch {epoch}, K = {k}", encoder, k))
+    wanted.insert(1, (f"epoch 0, K = {K_END}", start, K_END))  # much of what the film shows is K, not learning
     columns = mask_columns(wanted, images[:GROUP], regions[:GROUP], shown, torch.device("cpu"))
     columns.append(("truth", paint(images[shown], truth[shown])))
     film_strip(columns, zoom=2).save(out / f"seed{seed}/film.png")

@@ -41,7 +41,7 @@ ROWS = {
 }
 SHORT, LONG = 10, 30  # epochs
 SEEDS = {SHORT: (0, 1, 2), LONG: (0,)}
-MAIN, LONGER = list(ROWS)[1:6], ("r2o", "byol", "fixed-16", "detcon")
+MAIN, LONGER = list(ROWS)[1:6], ("r2o", "byol", "fixed-16", "prior-slic", "detcon", "r2o-detcon")
 PRECISION = "--precision bfloat16"  # of all but the sweep: 1.4 times as fast on a CPU that computes in it
 
 # The sweep: seed 0, so many epochs, and of each class so many training images held out for k-NN; of Row.rates, the row

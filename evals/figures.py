@@ -49,7 +49,7 @@ def draw(args) -> int:
     regions = torch.stack([r2o.slic_regions(image, size=args.size // 4) for image in images])
     wanted = [(f"epoch {one.epoch}, K = {one.k or 4}", one.encoder, one.k or 4) for one in tested]
     if len(tested) == 1:
-        wanted = [(f"K = {k}", tested[0].encoder, k) for k in (128, 119, 74, 16, 4)]  # Fig. 5's, and some between
+        wanted = [(f"K = {k}", tested[0].encoder, k) for k in (128, 64, 32, 16, 8, 4)]
     wanted, shown = [wanted[i] for i in evenly(len(wanted), 6)], evenly(len(images), args.count)
     save("masks.png", common.mask_columns(wanted, images, regions, shown, device))
 
