@@ -1,4 +1,4 @@
-# Each target works on a fresh machine with python3, g++ and make; a GPU and a CUDA toolkit are used where they are.
+# Each target works on a fresh machine with python3, g++ and make; a GPU and a CUDA toolkit are used if present.
 #   make demo    pretrain a small encoder on generated scenes, evaluate it, draw a film strip (5 minutes on 2 cores)
 #   make tour    write docs/method.md, its pictures and docs/method.ipynb again (5 minutes on 2 cores)
 #   make test    lint, build, run the tests (8 minutes on 2 cores, after 4 of installing)

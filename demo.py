@@ -121,7 +121,7 @@ def predict(encoder, images: torch.Tensor, regions: torch.Tensor, k: int, assign
 
 
 def foreground_iou(encoder, images: torch.Tensor, truth: torch.Tensor) -> float:
-    """Table 3's protocol: of K = 5 segments of each image alone, the one that overlaps the objects best."""
+    """Table 3's protocol: IoU of the best of each image's own K = 5 segments with its objects."""
     generator = torch.Generator().manual_seed(0)
     scores = [segment_images(encoder, r2o.normalize(x), 5, generator=generator) for x in images.split(64)]
     return matched_iou(F.interpolate(torch.cat(scores), (SIDE, SIDE), mode="bilinear").argmax(1), truth)
@@ -149,7 +149,7 @@ def run(out: Path, seed: int, count: int, flags: list[str], scenes) -> dict[str,
     done = subprocess.run([*map(str, command)], cwd=Path(__file__).parent)
     cli.need(done.returncode == 0, f"train.py ended with status {done.returncode}: see above")
 
-    torch.manual_seed(seed)  # train.py's: the weights it started from
+    torch.manual_seed(seed)  # as train.py does: its initial weights
     start = r2o.R2O("tiny", hidden=512, dim=64).online["encoder"]
     calibrate(start, r2o.normalize(images).split(64))
     trained, _ = load_encoder(out / f"seed{seed}/r2o.pth")
@@ -168,7 +168,7 @@ def run(out: Path, seed: int, count: int, flags: list[str], scenes) -> dict[str,
 
 
 def print_table(table: dict[str, np.ndarray]):
-    """table: by row, one line of foreground IoU and overlaps of pixel and region masks per run."""
+    """table: row name -> (runs, 3): foreground IoU, overlap of pixel masks, overlap of region masks."""
     print(f"{'':16s} {'foreground IoU':>16s} {'best overlap of':>16s} {'best overlap of':>16s}")
     print(f"{'':16s} {'(Table 3, K = 5)':>16s} {f'pixel masks, K={K_END}':>16s} {f'region masks, K={K_END}':>16s}")
     for name, rows in table.items():
@@ -182,7 +182,7 @@ def demo() -> int:
     p.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for scenes, runs and pictures")
     seeds = "of weights and training; the scenes stay the same"
     p.add_argument("--seeds", type=cli.natural, nargs="+", default=[0], help=seeds)
-    p.add_argument("--scenes", type=cli.number(int, 64), default=2000, help="to train on")
+    p.add_argument("--scenes", type=cli.number(int, 64), default=2000, help="number of scenes to train on")
     args, flags = p.parse_known_args()
 
     make_scenes(args.out / f"train-{args.scenes}", args.scenes, first=0)

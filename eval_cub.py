@@ -5,9 +5,9 @@
     python eval_cub.py --ckpt r2o.pth --data images masks      # any foreground data set, files matched by name
 
 The features of every image are clustered on their own (K = 5). The segment that best overlaps the true foreground is
-called foreground (Hungarian matching with one object), the rest background. As in the paper the truth is used for this
-choice, so the figures say how well some segment fits the object, not whether one could tell which. ReDO averages the
-foreground's IoU over images: hold that against the paper's "mIOU", which does not say whether it means the two classes.
+called foreground (Hungarian matching with one object), the rest background. As in the paper, the truth is used for
+this choice, so the figures say how well the best segment fits, not whether one could find it without the truth. ReDO
+averages foreground IoU over images: compare that with the paper's "mIOU", which may or may not include the background.
 """
 
 import runtime  # isort: skip  # noqa: F401  (says what is not installed)

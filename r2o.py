@@ -86,7 +86,7 @@ def fh_regions(image: Tensor, size: int = 56) -> Tensor:
         raise ValueError(f"an image of {w} x {h} pixels has no segments")
     rgb = image.permute(1, 2, 0).numpy()
     segments = felzenszwalb(rgb, scale=1000, min_size=1000)
-    if segments.max() > 255:  # differs: only then larger ones, at most 256 of which fit
+    if segments.max() > 255:  # differs: only then are larger segments made, of which at most 256 fit
         segments = felzenszwalb(rgb, scale=1000, min_size=math.ceil(h * w / 256))
     y, x = ((np.arange(size) + 0.5) * side // size for side in (h, w))  # the pixel at the center of every cell
     _, ids = np.unique(segments[np.ix_(y.astype(int), x.astype(int))], return_inverse=True)
@@ -115,14 +115,14 @@ def predict_masks(
 ) -> Tensor:
     """The mask m of every image, from K-means of its regions' C4 embeddings. Sec. 3.1, Eq. (3).
 
-    c4: (B, C, H, W). regions: (B, h, w), ids below num_regions. uniforms: (G, K, T) of seeding_uniforms, for G groups
-    of images that share a K-means of at most `iters` iterations. ranks_per_group: ranks that hold one.
-    Returns (B, H, W), 14 x 14 for ResNet-50, every pixel's nearest center, for assign = "pixel"; (B, h, w), every
-    region's cluster, for "region". Ids are shared within a group.
+    c4: (B, C, H, W). regions: (B, h, w), ids below num_regions. uniforms: (G, K, T) from seeding_uniforms(), for G
+    groups of images, each clustered together in at most `iters` iterations. ranks_per_group: ranks that share a group.
+    Returns, for assign = "pixel", the nearest center of every C4 pixel, (B, H, W), 14 x 14 for ResNet-50; for "region",
+    the cluster of every region, (B, h, w). Ids are shared within a group.
     """
     p, area = region_pool(c4, regions, num_regions)  # (B, R, C), (B, R)
     length = p.norm(dim=-1, keepdim=True)  # (B, R, 1)
-    # differs: the authors cluster absent regions too, as zero vectors. Here they, and non-finite ones, are left out.
+    # differs: the authors cluster absent regions too, as zero vectors. Here absent and non-finite ones are left out.
     valid = (area > 0) & length[..., 0].isfinite()
     p = p / length.clamp(min=1e-12)
     mu, cluster, valid = cluster_regions(p, valid, uniforms, iters, ranks_per_group)  # (G, K, C), (B, R), (G, N)
@@ -139,7 +139,7 @@ def predict_masks(
 
 
 def cluster_regions(p: Tensor, valid: Tensor, uniforms: Tensor, iters: int, ranks_per_group: int):
-    """K-means of the regions of each group of images. If a group spans several ranks, each solves the whole problem.
+    """K-means over the regions of each group of images. Ranks that share a group each solve the whole problem.
 
     p: (B, R, C). valid: (B, R). Returns mu (G, K, C), the cluster of this rank's regions (B, R), and valid (G, N).
     """
@@ -155,7 +155,7 @@ def cluster_regions(p: Tensor, valid: Tensor, uniforms: Tensor, iters: int, rank
 
 
 def in_groups(x: Tensor, groups: int) -> Tensor:
-    """(B, …) -> (groups, images of each, …). If they do not divide, the last group is filled up with zeros."""
+    """(B, …) -> (groups, images in each, …). If `groups` does not divide B, the last group is padded with zeros."""
     each = -(-len(x) // groups)
     missing = groups * each - len(x)
     x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
@@ -163,8 +163,8 @@ def in_groups(x: Tensor, groups: int) -> Tensor:
 
 
 def kmeans_groups(images: int, world: int, most: int) -> tuple[int, int]:
-    """The K-means groups of each rank, and how many ranks share one, for so many images per rank and at most `most`
-    in a group. Groups of one size where they divide; otherwise the last is smaller, by less than there are groups."""
+    """How many K-means groups a rank has, and how many ranks share one, for `images` per rank and at most `most` images
+    in a group. Sizes are equal if possible; otherwise the last group is smaller, by less than the number of groups."""
     ranks = max(n for n in range(1, world + 1) if world % n == 0 and (n == 1 or n * images <= most))
     return -(-images * ranks // most), ranks
 
@@ -184,15 +184,15 @@ def gather_from_ranks(x: Tensor, first: int, count: int) -> Tensor:
 
 
 def masks_in_views(m: Tensor, boxes: Tensor, flips: Tensor, num_clusters: int, size: int) -> tuple[Tensor, Tensor]:
-    """m1 and m2 as weights (2B, K, size, size), the first views then the second, and pairs (P, 2): (image, cluster) of
-    the masks that both views see. m: (B, h, w). boxes: (B, 2, 4). flips: (B, 2)."""
+    """Weights (2B, K, size, size), m1 then m2 (all first views, then all second), and pairs (P, 2): (image, cluster)
+    of each mask that both views see. m: (B, h, w). boxes: (B, 2, 4). flips: (B, 2)."""
     m1, m2 = (crop_masks(m, boxes[:, v], flips[:, v], num_clusters, size) for v in (0, 1))  # (B, K, H, W)
     in_both = (m1.sum((2, 3)) > 1e-3) & (m2.sum((2, 3)) > 1e-3)
     return torch.cat([m1, m2]), in_both.nonzero()  # on a GPU the host waits here, to learn P
 
 
 def pool_pairs(c5: Tensor, weights: Tensor, pairs: Tensor) -> Tensor:
-    """h of each pair: (2P, C), in the first views then in the second. c5: (2B, C, H, W). weights: (2B, K, H, W).
+    """h of each pair: (2P, C), all first views, then all second. c5: (2B, C, H, W). weights: (2B, K, H, W).
 
     differs: only pairs become rows of the heads; the authors feed a row for each of K masks, most of them empty. A rank
     without pairs feeds two zero rows, so that batch norm and the collectives still run.
@@ -234,8 +234,8 @@ class Tiny(nn.Module):
 
 
 def build_encoder(arch: str) -> nn.Module:
-    """A torchvision ResNet or ViT-B/16 (A.5), under its own names, without classifier, or `tiny`. Raises ValueError
-    for others."""
+    """A torchvision ResNet or ViT-B/16 (A.5), with its own parameter names but no classifier, or `tiny`. Raises
+    ValueError for any other arch."""
     if arch not in ARCHS:
         raise ValueError(f"no encoder {arch!r}: choose one of {', '.join(ARCHS)}")
     if arch in ("tiny", "vit_b"):
@@ -276,10 +276,10 @@ def mlp(cin: int, hidden: int, cout: int) -> nn.Module:
 class R2O(nn.Module):
     """Online network theta, target network xi, and the loss of one step.
 
-    arch: one of ARCHS. num_regions: all region ids are below it. kmeans_group: at most so many images are clustered
-    together, of several ranks if each has fewer. kmeans_iters: Lloyd iterations. assign: see predict_masks(). masks:
+    arch: one of ARCHS. num_regions: all region ids are below it. kmeans_group: maximum number of images clustered
+    together, across ranks if each has fewer. kmeans_iters: Lloyd iterations. assign: see predict_masks(). masks:
     "predicted", or "prior" to take the regions themselves (Table 4). hidden, dim: widths of the heads. overlap: on a
-    GPU, predict masks on a side stream. compile: the encoders, with torch.compile. Raises ValueError for an unknown
+    GPU, predict masks on a side stream. compile: use torch.compile for the encoders. Raises ValueError for an unknown
     arch, assign or masks.
     """
 
@@ -346,11 +346,11 @@ class R2O(nn.Module):
         """The loss of one step, Eq. (5), and statistics to watch.
 
         images: (B, 3, S, S) and views: (2B, 3, S, S), the first views then the second, normalized. regions: (B, h, w).
-        boxes: (B, 2, 4). flips: (B, 2). generator: a CPU torch.Generator; in the same state on all ranks it makes
-        K-means independent of their number, and micro-batches that share it cluster as the full batch would (on a CPU
-        to the same bits), where kmeans_group divides their images. num_regions: ids of this batch are below it
-        (default: the model's); on a GPU K-means takes time and memory that grow with its square.
-        Returns the loss, whose average over ranks (DDP's) is the mean over all pairs, and scalars to watch.
+        boxes: (B, 2, 4). flips: (B, 2). generator: a CPU torch.Generator. If its state is the same on all
+        ranks, K-means does not depend on their number. Micro-batches that share it cluster as the full batch would (on
+        a CPU, to the same bits) if kmeans_group divides their size. num_regions: all ids of this batch are below it
+        (default: the model's); on a GPU, the time and memory of K-means grow with its square.
+        Returns the loss, whose average over ranks (as DDP takes) is the mean over all pairs, and scalars to watch.
         """
         B, K = len(images), self.num_regions if self.masks == "prior" else num_clusters
         uniforms, ranks_per_group = self.seeds(B, 1 if self.masks == "prior" else K, generator)
@@ -375,7 +375,7 @@ class R2O(nn.Module):
     def represent(self, views, m, boxes, flips, K: int, side, generator) -> tuple[Tensor, int, Tensor]:
         """Representation learning (Sec. 3.2, Eq. (2)): one view predicts the other, inside each mask.
 
-        Arguments as of forward(); m: (B, h, w); side: the stream that m is made on. Returns the losses of both
+        Arguments as in forward(); m: (B, h, w); side: the stream that computes m. Returns the losses of both
         directions (2P,), Eq. (5), the number of pairs P, and the projections z (2P, dim).
         """
         c5 = self.encode(self.online["encoder"], views)  # (2B, C, H, W)
@@ -397,7 +397,7 @@ class R2O(nn.Module):
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device, without the host waiting, as it does for more than 64 KB of memory that is not pinned."""
+    """Copy x to the device without making the host wait, as a copy of more than 64 KB of unpinned memory would."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
@@ -405,8 +405,8 @@ class SideStream:
     """A context whose CUDA kernels run beside those of the current stream; without effect on a CPU. After join(), the
     current stream may use the tensors that were made inside."""
 
-    # One per device, since the caching allocator keeps a pool per stream. Of high priority, lest each of its many small
-    # launches waits behind a convolution's blocks.
+    # One per device, since the caching allocator keeps a pool per stream. High priority, so that its many small
+    # launches do not each wait behind a convolution's blocks.
     stream = functools.cache(functools.partial(torch.cuda.Stream, priority=-1))
 
     def __init__(self, device: torch.device, enabled: bool = True):
@@ -458,13 +458,13 @@ def masks_at(weight: Tensor, uniforms: Tensor) -> Tensor:
 def contrastive_loss(
     q: Tensor, z_same: Tensor, z_other: Tensor, ids: Tensor, ids_same: Tensor, ids_other: Tensor, temperature=0.1
 ) -> Tensor:
-    """DetCon's loss (arXiv 2103.10957), and NT-Xent with masks (A.4): -log of the softmax, over the keys of both views
-    and all ranks, of cosine / temperature at the same image and mask in the other view.
+    """DetCon's loss (arXiv 2103.10957), and NT-Xent with masks (A.4): -log softmax of cosine / temperature, over
+    the keys of both views and all ranks, at the key with the same image and mask in the other view.
 
     q: (P, D), rows of one view. z_same, z_other: (N, D), keys of the same view and of the other, with gradient. ids,
-    ids_same, ids_other: (P,), (N,), (N,) integer, equal if and only if image and mask are the same. Several positives
-    share a row evenly; keys of its own view and mask are left out. Returns (P,): 0 without a positive, and divided by
-    how often the row's mask was sampled in its view.
+    ids_same, ids_other: (P,), (N,), (N,) integer, equal if and only if image and mask are the same. If a row
+    has several positives, they weigh equally; keys of its own view and mask are left out. Returns (P,): 0 without a
+    positive; otherwise divided by how often the row's mask was sampled in its view.
     """
     with torch.autocast(q.device.type, enabled=False):
         q, z_same, z_other = (F.normalize(upcast(x), dim=-1) for x in (q, z_same, z_other))
@@ -478,7 +478,7 @@ def contrastive_loss(
 
 
 def mean_over_pairs(losses: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
-    """This rank's losses -> a loss whose mean over ranks is the mean over the pairs of all ranks, and their number.
+    """This rank's losses -> a loss whose mean over ranks is the mean over all ranks' pairs, and the number of pairs.
     Without pairs the loss is 0, with zero gradients."""
     total = torch.full((), float(pairs), device=losses.device)
     if dist.is_initialized():
@@ -549,7 +549,7 @@ def num_clusters(
 
 
 def learning_rate(step: int, steps: int, warmup_steps: int, peak: float) -> float:
-    """Linear from 0 to peak over warmup_steps, then a half cosine to 0 at `steps`; before the factor for K. A.1."""
+    """Linear from 0 to peak over warmup_steps, then a half cosine to 0 at `steps`. A.1."""
     if step < warmup_steps:
         return peak * step / warmup_steps
     t = min((step - warmup_steps) / max(steps - warmup_steps, 1), 1.0)
@@ -593,8 +593,8 @@ class Schedule:
 
 
 def resize(image: Tensor, size: int) -> Tensor:
-    """A whole image (3, h, w) uint8 -> (3, size, size), ignoring its aspect ratio. Works on (h, w, 3) memory, as
-    decoders leave it, which saves PyTorch a third of the time in repacking."""
+    """A whole image (3, h, w) uint8 -> (3, size, size), ignoring its aspect ratio. Works on (h, w, 3) memory,
+    the decoders' layout, which spares PyTorch the repacking, a third of the time."""
     x = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
     return F.interpolate(x, (size, size), mode="bicubic", antialias=True)[0]
 
@@ -651,7 +651,7 @@ def draw_views(image: Tensor, size: int, rng: np.random.Generator, policy: str =
 
 @functools.cache
 def constants(of_channels: tuple[float, ...], device: torch.device) -> Tensor:
-    """(3, 1, 1), copied to a GPU once: the host waits for it."""
+    """(3, 1, 1), cached, since copying it to a GPU makes the host wait."""
     return torch.tensor(of_channels, device=device).view(3, 1, 1)
 
 

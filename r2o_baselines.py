@@ -33,7 +33,7 @@ class Contrastive(r2o.R2O):
     def represent(self, views, m, boxes, flips, K: int, side, generator) -> tuple[Tensor, int, Tensor]:
         """See R2O.represent(). P is the number of sampled masks of a view, with or without a positive."""
         B, (rank, world) = len(m), r2o.rank_and_world()
-        generator = generator and generator.clone_state()  # micro-batches go on to cluster as the full batch would
+        generator = generator and generator.clone_state()  # so that micro-batches still cluster as the full batch would
         uniforms = torch.rand(2, world * B, self.samples, dtype=torch.float64, generator=generator)  # of all ranks
         uniforms = uniforms[:, rank * B :][:, :B].flatten(0, 1)  # (2B, samples)
 

@@ -1,8 +1,8 @@
 """The four ops of csrc/, each beside the plain PyTorch code that defines it; r2o.py re-exports them.
 
 `<op>_ref` is the definition, and runs where nothing was compiled. The C++ and CUDA versions must agree with it. `<op>`
-checks its input and calls whichever is there; `extension()` says which. All compute in float32 (float64 for float64
-input), also for half-precision input and inside autocast. Letters as in r2o.py.
+checks its input and calls whichever is available; `extension()` tells which. All compute in float32 (float64 for
+float64 input), even for half-precision input and inside autocast. Letters as in r2o.py.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def upcast(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def full_precision(device: torch.device):
-    """Outside autocast, and with float32 products in float32, whatever the caller allows (TF32, bfloat16)."""
+    """Disable autocast and compute float32 products in float32, whatever the caller allows (TF32, bfloat16)."""
     with torch.autocast(device.type, enabled=False):
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # PyTorch 2.9
             matmul = (torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul
@@ -189,8 +189,8 @@ def kmeans(
     points: (G, N, D) floating point. valid: (G, N) bool, the points that count (default: all; rows that are not finite
     never count). Stops when no point changes cluster, at the latest after max_iters. generator: torch.Generator.
     Returns centers (G, K, D), float32 or float64, and assignment (G, N), the id of the nearest center, -1 if not valid.
-    An emptied cluster keeps its center. A group of fewer than K valid points gets that many clusters; its spare centers
-    repeat center 0 and own nothing. Nothing is NaN while squared distances are finite. Raises ValueError for misfits.
+    An emptied cluster keeps its center. A group of n < K valid points gets n clusters; its spare centers repeat
+    center 0 and own no point. Nothing is NaN if squared distances are finite. Raises ValueError for invalid input.
     """
     _expect("points", points, "float", None, None, None)
     _check(points.shape[2] >= 1, "points must have at least one dimension")

@@ -8,7 +8,7 @@ OUT receives last.pth (from which training resumes automatically), previous.pth,
 r2o.pth: the online encoder under torchvision's parameter names.
 
 Exit status: 0 finished; 2 bad arguments, data, disk, memory or loss, in one line; 75 stopped by SIGTERM or SIGUSR1, 130
-by Ctrl-C, after saving: rerun the same command to resume. Under torchrun the status is torchrun's own, 1 for these.
+by Ctrl-C, after saving: rerun the same command to resume. Under torchrun, all but 0 become its own status, 1.
 """
 
 import runtime  # isort: skip  # noqa: F401  (says what is not installed)
@@ -42,9 +42,9 @@ def parse_args(argv=None):
     p = cli.Parser(__doc__)
     add = p.add_argument_group("data and output").add_argument
     add("--data", required=True, help="folder of images, flat or nested; its subfolder train is used if it exists")
-    add("--subset", metavar="FILE", help="use only these: a folder, path or file name per line")
+    add("--subset", metavar="FILE", help="file that selects images: a folder, path or file name per line")
     add("--out", default="out", help="folder for checkpoints, log and pictures; training resumes from what it holds")
-    add("--skip-unreadable", action="store_true", help="go on without them even if more than 1 %% cannot be read")
+    add("--skip-unreadable", action="store_true", help="leave out unreadable images even if they are more than 1 %%")
     add("--regions", help="file of the region maps (default: OUT/regions.npy); name one to share it between runs")
     add("--workers", type=natural, default=distributed.cores_per_process(), help="per process; raise if a GPU waits")
     keep = "also keep the encoders of every N-th epoch, as epoch_0100.pth (0: none)"
@@ -68,7 +68,7 @@ def parse_args(argv=None):
     add("--accum", type=count, default=1, metavar="N", help="micro-batches per step; raise to fit the memory")
     add("--size", type=number(int, 32), default=224, help="side of the views in pixels; lower only for small images")
     add("--lr", type=rate, default=0.3, help="peak for a batch of 256 and K = --lr-k; raise for very short runs")
-    lr_k = "the learning rate is multiplied by K / this; 0: by 1 (default: 16; 0 unless --objective byol)"
+    lr_k = "multiply the learning rate by K / this; 0: do not (default: 16; 0 unless --objective byol)"
     add("--lr-k", type=rate, help=lr_k)
     add("--weight-decay", type=rate, default=1e-6, help="of weight matrices; biases and batch norm have none")
     add("--tau", type=number(float, 0, 1), default=0.99, help="initial target momentum; lower for very short runs")
@@ -90,7 +90,7 @@ def parse_args(argv=None):
     add("--hold-epochs", type=natural, help="epochs at --k-start (default: 40 of 300; COCO: 8)")
     add("--schedule", default="cosine", choices=("cosine", "linear", "constant"), help="how K changes (A.6, Table 9)")
     add("--kmeans-group", type=count, default=32, help="images clustered together, at most; 1: each alone")
-    add("--assign", default="pixel", choices=("pixel", "region"), help="what clusters own; region: sharper outlines")
+    add("--assign", default="pixel", choices=("pixel", "region"), help="what is assigned; region: sharper outlines")
     add("--discovery-tau", type=number(float, 0, 1), help="momentum of the network that draws Odin's masks")
     args = p.parse_args(argv)
     args.hold_epochs = round(args.epochs * 40 / 300) if args.hold_epochs is None else args.hold_epochs
@@ -104,7 +104,7 @@ def parse_args(argv=None):
     return args
 
 
-# Flags that may differ when a run resumes; the latter only with --changed.
+# Flags that may differ when a run resumes; those in WITH_CHANGED only with --changed.
 MAY_CHANGE = "data subset skip_unreadable out regions workers keep_every save_every tensorboard prepare dry_run"
 MAY_CHANGE += " accum precision compile changed"
 WITH_CHANGED = "lr lr_k weight_decay tau discovery_tau"
@@ -144,7 +144,7 @@ def read_checkpoint(args, images: ImageList) -> Checkpoint:
 
 def open_data(args, images: ImageList, maps_file: str, sample_of: ImageList | None = None) -> ImageRegions:
     """The images with their region maps, which one process computes if they are missing while the others wait.
-    sample_of: the images that the flags must suit, if these are a sample of them."""
+    sample_of: all images, which the flags must suit, if `images` is a sample of them."""
     workers = distributed.cores() if args.workers and not sample_of else args.workers  # ranks of a dry run map alone
     made_from = args.prior, args.segments, args.size // 4
     maps, header = region_maps(images, maps_file, *made_from, workers, args.skip_unreadable)
@@ -189,7 +189,7 @@ def resume(checkpoint: Checkpoint, args, data: ImageRegions, model, optimizer, p
     if not last:
         return
     same, readable = last["images"] == len(data), f"{last['images']} images, of which {len(data)} can be read now"
-    mend = "restore them and compute the region maps again, or pass another --out"
+    mend = "restore the rest and compute the region maps again, or pass another --out"
     need(same, f"{checkpoint.path} was trained on {readable}: {mend}")
     progress.load_state_dict(last)
     report.masks = last["masks"]
@@ -238,8 +238,8 @@ def update(model: r2o.R2O, optimizer: r2o.LARS, lr: float, tau: float):
 
 
 def export(path: Path, model: r2o.R2O, args, epoch: int, target: bool = False) -> bool:
-    """Write the online encoder under torchvision's names, with plain-typed metadata, and the target's as `target`, if
-    asked for. False if the disk is full."""
+    """Write the online encoder under torchvision's names, with plain-typed metadata, and on request the
+    target encoder, as `target`. Returns False if the disk is full."""
 
     def weights(net):
         return {name: x.cpu().contiguous() for name, x in net["encoder"].state_dict().items()}
@@ -300,7 +300,7 @@ def train(args, signals: distributed.StopSignals) -> int:
         if stop and not last:
             if rank == 0:
                 print(f"stop requested: saved after step {progress.step}; rerun the same command to resume", flush=True)
-            return signals.received or distributed.STOPPED  # of another rank
+            return signals.received or distributed.STOPPED  # received by another rank
 
     if rank == 0:
         path = out / "r2o.pth"

@@ -163,7 +163,7 @@ def execute(runs: list[Run], data: dict, args, title: str):
 
 def parse_args(argv):
     p = cli.Parser(__doc__)
-    p.add_argument("--data", type=Path, help="a folder with train and val, of a folder of images for each class")
+    p.add_argument("--data", type=Path, help="a folder with train and val, each with a folder of images per class")
     p.add_argument("--photos", type=Path, help="a folder with images and segmentations, as CUB_200_2011 is laid out")
     p.add_argument("--out", type=Path, default=Path("out/ablations"), help="folder for the runs")
     results = "folder for a JSON per run"

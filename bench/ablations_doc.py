@@ -22,18 +22,18 @@ def summary(values: list[float], digits: int, sign: str = "") -> str:
 
 
 def figures(row: str, epochs: int, done: Done) -> dict[int, dict[str, float]]:
-    """By seed. The untrained encoder's, of no epochs, stand beside those of any number."""
+    """Figures by seed. The untrained encoder's, with 0 epochs, are given for any number of epochs."""
     return {run.seed: x["figures"] for run, x in done.items() if run.row == row and run.epochs in (epochs, 0)}
 
 
 def differences(row: str, epochs: int, measure: str, done: Done) -> list[float]:
-    """To full R2O of the same seed and epochs."""
+    """Differences to full R2O with the same seed and epochs."""
     ours, full = figures(row, epochs, done), figures("r2o", epochs, done)
     return [ours[seed][measure] - full[seed][measure] for seed in sorted(ours.keys() & full.keys())]
 
 
 def table(title: str, epochs: int, paper: dict[str, str], done: Done) -> list[str]:
-    """Figures, then paired differences, as Markdown, of rows that have any. paper: its figures, by row."""
+    """Markdown of figures, then of paired differences, for rows that have any. paper: the paper's figures, by row."""
     theirs = ["paper"] * any(paper.values())
     head = ["", *theirs, "seeds", *MEASURES.values()]
     lines = [f"## {title}, {epochs} epochs", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]

@@ -9,10 +9,10 @@ from typing import NamedTuple
 class Row(NamedTuple):
     title: str
     flags: str = ""  # of train.py, after BASE
-    rates: str = "r2o"  # whose learning rate of the sweep
+    rates: str = "r2o"  # key in SWEPT: whose learning rate it takes
 
 
-# The paper's K over 4, but at least 6. DetCon's own prior finds one segment in 64 pixels: SLIC of 5 on average instead.
+# The paper's K / 4, but at least 6. DetCon's own prior finds one segment at 64 pixels: SLIC, 5 on average, replaces it.
 BASE = "--arch tiny --size 64 --batch-size 128 --hidden 512 --dim 64 --k-start 32 --k-end 6"
 FIXED, DETCON = "--schedule constant --k-start", "--objective detcon --masks"
 ODIN = f"{DETCON} odin --prior grid --kmeans-group 1 {FIXED} 5 --discovery-tau 0.99"
@@ -44,8 +44,8 @@ SEEDS = {SHORT: (0, 1, 2), LONG: (0,)}
 MAIN, LONGER = list(ROWS)[1:6], ("r2o", "byol", "fixed-16", "prior-slic", "detcon", "r2o-detcon")
 PRECISION = "--precision bfloat16"  # of all but the sweep: 1.4 times as fast on a CPU that computes in it
 
-# The sweep: seed 0, so many epochs, and of each class so many training images held out for k-NN; of Row.rates, the row
-# and --lr-k that stand for all others.
+# The sweep: seed 0, SWEEP epochs, and HELD training images of each class held out for k-NN. SWEPT: for each Row.rates,
+# the row and --lr-k that stand for all others.
 RATES, SWEEP, HELD = (0.5, 1, 2, 4, 8), 3, 20
 SWEPT = {"r2o": ("r2o", 0), "r2o x K": ("r2o", 16), "byol": ("byol", 0), "contrastive": ("detcon", 0)}
 
@@ -119,7 +119,7 @@ class Run(NamedTuple):
         return {"train.py": " ".join(flags.split()), "held out": held, "evaluations": EVALUATIONS} | data
 
     def file(self, results: Path, data: dict) -> Path:
-        """Other settings have another hash, and so another file."""
+        """Different settings give a different hash, hence a different file."""
         digest = hashlib.sha256(json.dumps(self.settings(data), sort_keys=True).encode()).hexdigest()[:8]
         return results / f"{self.name}-{digest}.json"
 
@@ -148,6 +148,6 @@ def programme(rates: dict[str, tuple[float, float]]) -> list[Run]:
 
 
 def finished(runs: list[Run], results: Path, data: dict) -> dict[Run, dict]:
-    """The JSONs of those that are."""
+    """The JSONs of the runs that are finished."""
     files = {run: run.file(results, data) for run in runs}
     return {run: json.loads(file.read_text()) for run, file in files.items() if file.exists()}

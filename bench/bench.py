@@ -96,7 +96,7 @@ def count(f, device) -> tuple:
 
 
 def peak_memory(f, device) -> float | None:
-    """MB above what was there, at the most. On a CPU the resident memory that Linux reports."""
+    """Peak MB of f above what was in use before. On a CPU, the resident memory that Linux reports."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -117,15 +117,15 @@ def peak_memory(f, device) -> float | None:
 
 
 def once(f, device) -> float:
-    """Milliseconds. On a CPU behind an untimed run, which wakes the cores and leaves the caches as they will be. On a
-    GPU from event to event, behind a millisecond of idling in which the host can run ahead, as it does in training."""
+    """Milliseconds. On a CPU, after an untimed run, which wakes the cores and warms the caches. On a GPU, between
+    events, after a millisecond of idling in which the host can run ahead, as it does in training."""
     if device.type == "cpu":
         time.sleep(0.15)  # until the threads of the contestant before stop spinning
         for _ in range(2):
             start = time.perf_counter()
             f()
             ms = 1e3 * (time.perf_counter() - start)
-            if ms > 1000:  # long enough to be its own
+            if ms > 1000:  # long enough to be its own warm-up
                 break
         return ms
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -300,8 +300,8 @@ def graphed(f):
 
 
 def authors_code(folder: Path, device):
-    """Their mask step, from a checkout: imported as it is but for the device, which they fix. The functions are theirs;
-    the lines that tie them together are ours, since theirs stand in the middle of a forward pass."""
+    """The authors' mask step, from a checkout: imported unchanged but for the device, which they hard-code. The
+    functions are theirs; the lines that tie them together are ours, since theirs are inside a forward pass."""
     source = (folder / "utils/mask_utils.py").read_text()
     masks = types.ModuleType("mask_utils")
     exec(compile(source.replace("'cuda'", repr(device.type)), "mask_utils.py", "exec"), masks.__dict__)
@@ -461,8 +461,8 @@ def clustering(bench: Bench, data, theirs):
 
 
 def lloyd(bench: Bench, where: str, x, valid, separate, K: int, u, theirs):
-    """Iterations only: for everybody one iteration more than asked for, less the time of one, so that what is done once
-    (checks, copies, norms, seeding) is not counted."""
+    """Iterations only: each contestant's time for one iteration more than asked for, minus its time for one, so that
+    what is done once (checks, copies, norms, seeding) is not counted."""
     seeds = [c.contiguous() for c in r2o.kmeans_seeded(x, valid, u, 0)[0]]
     n, D = sum(map(len, separate)), x.shape[2]
     iters = LLOYD
@@ -595,19 +595,19 @@ def train_step(bench: Bench, data, K: int, compiled: bool = False):
 
 
 def by_itself(f, device) -> float:
-    """For contestants that return their time, in ms, what is not to be counted left out."""
+    """For contestants that return their own time, in ms, without what must not be counted."""
     return f()
 
 
 def authors_samples(folder: Path, images: list[str]):
     """Their dataset, which computes SLIC anew for every sample, on these files."""
-    sys.modules.setdefault("imp", types.ModuleType("imp"))  # which Python 3.12 has no more, and they do not use
+    sys.modules.setdefault("imp", types.ModuleType("imp"))  # gone since Python 3.12; they import it, unused
     spec = importlib.util.spec_from_file_location("r2o_transform", folder / "data/r2o_transform.py")
     theirs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(theirs)
     views = theirs.get_transform("train"), theirs.get_transform("train", gb_prob=0.1, solarize_prob=0.2)
     transform = theirs.MultiViewDataInjector([*views, theirs.get_transform("raw")], 100)
-    dataset = theirs.SSLMaskDataset.__new__(theirs.SSLMaskDataset)  # which would look for class folders
+    dataset = theirs.SSLMaskDataset.__new__(theirs.SSLMaskDataset)  # __init__ would look for class folders
     dataset.samples, dataset.transform, dataset.loader = [(p, None) for p in images], transform, theirs.default_loader
     return dataset
 
@@ -625,7 +625,7 @@ def photographs(folder: str | None, where: str) -> ImageList:
 
 
 def loading(bench: Bench, folder: str | None, authors: Path | None):
-    """Samples from files: in one thread, and from a DataLoader with 2 workers, running; what is left to the device."""
+    """Samples from files: in one thread, and from a running DataLoader with 2 workers; then the device's part."""
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as where:
         images = photographs(folder, where)
@@ -727,9 +727,9 @@ def write(bench: Bench, args):
         "bytes or FLOPs at the rates above; skipping work goes below it. calls: operators that PyTorch sees on a CPU,"
     ]
     lines += [
-        "kernels on a GPU; waits: results that the host reads, waiting for a GPU if it is one (on a CPU r2o checks its"
+        "kernels on a GPU; waits: results that the host reads, for which it waits if they are on a GPU (on a CPU this"
     ]
-    lines += ["input so, too)."]
+    lines += ["includes r2o's checks of its input)."]
     for row in bench.rows:
         if f"## {row['what']}" not in lines:
             lines += ["", f"## {row['what']}", "", f"Floor {row['floor ms']:.3f} ms, n = {row['n']}.", ""]
@@ -749,7 +749,7 @@ def main():
         "--only", default="", help="some of: pooling clustering masks train evaluation loading listing (default: all)"
     )
     p.add_argument("--batches", type=int, nargs="+", default=[32, 256], help="multiples of 32")
-    p.add_argument("--seconds", type=float, default=10, help="that each comparison goes on for, if 3 turns are less")
+    p.add_argument("--seconds", type=float, default=10, help="duration of each comparison, unless 3 turns take longer")
     args = p.parse_args()
     if args.authors and not (args.authors / "utils/mask_utils.py").exists():
         p.error(f"--authors {args.authors} holds no utils/mask_utils.py: pass a checkout of KKallidromitis/r2o")
@@ -766,7 +766,7 @@ def main():
     except UsageError as e:
         p.error(str(e))
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # whose events and streams are used without naming them
+        torch.cuda.set_device(device)  # events and streams below use the current device
     bench = Bench(device, args.seconds)
     theirs = authors_code(args.authors, device) if args.authors else None
     print(f"{machine(device)}, ops: {r2o.extension(device)}, {bench.rates}\n{' | '.join(COLUMNS)}")

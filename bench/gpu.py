@@ -64,7 +64,7 @@ def tests(args, device, found: dict):
 
 
 def checks(args, device, found: dict):
-    """Without PyTorch's cache of memory, in which an overrun of a tensor would end in another's."""
+    """Runs without PyTorch's caching allocator, where an overrun of one tensor would land in another."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     env = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for check in CHECKS:
@@ -91,7 +91,7 @@ def clustering_goals(bench: timing.Bench, found: dict):
 
 
 def kernel_times(f) -> dict[str, str]:
-    """Every kernel of f: calls and microseconds in all, over ten runs."""
+    """For each kernel of f: calls and total microseconds per run, averaged over ten runs."""
     f()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(10):
@@ -245,7 +245,7 @@ def main(argv=None) -> int:
 
 
 def run_all(flags: list[str]) -> int:
-    """Every stage in a session of its own, which is ended whole if it takes too long."""
+    """Run each stage in its own session, which is ended as a whole if it takes too long."""
     failed = []
     for stage, f in STAGES.items():
         process = subprocess.Popen([sys.executable, __file__, "--stage", stage, *flags], start_new_session=True)

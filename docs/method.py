@@ -15,15 +15,15 @@
 # 2. crops two views of the image, and the masks with them, and trains the features to agree inside each mask between the views
 #    (sections 6 to 9).
 #
-# The number of clusters, K, falls over training, so masks grow from regions to objects (10, 11). The last sections show how it
-# fails (12, 13). The functions of [r2o.py](../r2o.py) make every picture; `make tour` writes this page and its notebook,
+# The number of clusters, K, falls over training, so masks grow from regions to objects (10, 11). The last sections show failures
+# (12, 13). The functions of [r2o.py](../r2o.py) make every picture; `make tour` writes this page and its notebook,
 # [method.ipynb](method.ipynb), from [method.py](method.py), in five minutes on two cores. The photographs are scikit-image's, and
 # the encoder of sections 2 to 8 is [weights/tiny.pth](weights.md#weightstinypth), trained at 64 pixels.
 #
-# There are two networks: the *online* network is trained; the *target* network is a slow average of it, which draws the masks and
-# gives the features to predict. Each has an encoder, of which two stages are used, C4 and C5 (in a ResNet with strides 16 and 32,
-# here 4 and 8), and behind it a projector, a small MLP. k-NN accuracy classifies images by the labels of those with the most
-# similar features. BYOL is the method that compares whole views; DetCon compares fixed masks. Tables, figures and A.n are those of
+# There are two networks: the *online* network is trained; the *target* network, a slow average of it, predicts the masks and
+# provides the features to predict. Each has an encoder, of which two stages are used, C4 and C5 (strides 16 and 32 in a ResNet,
+# 4 and 8 here), followed by a projector, a small MLP. k-NN accuracy is that of classifying each image by the labels of those with
+# the most similar features. BYOL is the method that compares whole views; DetCon compares fixed masks. Tables, figures and A.n are those of
 # the paper ([arXiv 2208.11821](https://arxiv.org/abs/2208.11821)), and so are most letters:
 #
 # | here | code | shape | |
@@ -136,14 +136,15 @@ def about_training(value, quoted):
 # %% [markdown]
 # ## 1. The prior
 #
-# Before training, every image is cut into regions once: the prior. The paper takes about 100 SLIC superpixels, patches of similar color:
+# Before training, every image is cut once into regions, called the prior. The paper uses about 100 SLIC superpixels, patches of similar
+# color:
 #
 # ```python
 # segments = slic(np.asarray(rgb, dtype=np.float32) / 255, n_segments=num_segments, start_label=0)
 # names, ids = np.unique(segments[2::4, 2::4], return_inverse=True)
 # ```
 #
-# in [slic_regions](../r2o.py#L54). The code also has a grid ([grid_regions](../r2o.py#L96)), and DetCon's prior, the segments of
+# See [slic_regions](../r2o.py#L54). The code also has a grid ([grid_regions](../r2o.py#L96)), and DetCon's prior, the segments of
 # Felzenszwalb and Huttenlocher ([fh_regions](../r2o.py#L76)).
 
 # %%
@@ -181,9 +182,9 @@ about(unexplained(images[0], priors["grid"]), 26)
 
 # %% [markdown]
 # *Look at the cup's rim: SLIC's lines follow it, the grid's cross it. Lines are jagged since the map has 32 x 32 pixels. DetCon's
-# prior has few, large regions.* Inside SLIC's regions 11 % of the variance of color is left, inside the grid's cells 26 %; a region
-# across two things has an embedding that is neither's. With a grid (14 x 14) the paper loses 2.5 points of k-NN accuracy in A.7, and 7.9
-# in Table 4, for what seems to be the same.
+# prior has few, large regions.* Inside SLIC's regions 11 % of the color variance is left, inside the grid's cells 26 %; a region that
+# spans two things has an embedding that fits neither. With a 14 x 14 grid the paper loses 2.5 points of k-NN accuracy in A.7 but 7.9 in
+# Table 4, for what seems to be the same setting.
 #
 # ## 2. Region embeddings
 #
@@ -197,8 +198,8 @@ about(unexplained(images[0], priors["grid"]), 26)
 # length = p.norm(dim=-1, keepdim=True)  # (B, R, 1)
 # ```
 #
-# in [predict_masks](../r2o.py#L106), which then divides p by its length. [region_pool](../r2o_ops.py#L108) is one of four ops in C++
-# and CUDA. In a ResNet 4 x 4 pixels of the map make a cell; here the map has C4's own resolution, and an area is 0 or 1.
+# See [predict_masks](../r2o.py#L106), which then divides p by its length. [region_pool](../r2o_ops.py#L108) is one of four ops in C++
+# and CUDA. In a ResNet a cell covers 4 x 4 pixels of the map; here the map has C4's own resolution, so an area is 0 or 1.
 
 # %%
 encoder, _ = load_encoder(ROOT / "weights/tiny.pth")
@@ -225,14 +226,14 @@ about(32 * 32 / count, 13)
 #
 # $$\min_{\mu} \sum_i \min_k \lVert p_i - \mu_k \rVert^2$$
 #
-# m gives every cell of C4, its features x divided by their length like p, the id of its nearest center. Since |x - mu|² = |x|² - 2 (x mu -
-# |mu|² / 2), that is the one with the largest score:
+# m holds, for each cell of C4, the id of the center nearest to its features x, divided by their length like p. Since |x - mu|² = |x|² -
+# 2 (x mu - |mu|² / 2), this is the center with the largest score:
 #
 # ```python
 # scores = x @ mu.mT / length - mu.square().sum(-1)[:, None] / 2  # (G, N, K)
 # ```
 #
-# in [predict_masks](../r2o.py#L106). [kmeans](../r2o_ops.py#L184) starts from centers far apart (greedy k-means++) and iterates at most
+# See [predict_masks](../r2o.py#L106). [kmeans](../r2o_ops.py#L184) starts from centers far apart (greedy k-means++) and iterates at most
 # 20 times. Eq. (3) differs a little: [differences.md](differences.md).
 
 # %%
@@ -252,9 +253,9 @@ about(masks_per_image(masks[128]), 74)
 about(masks_per_image(masks[4]), 3.2)
 
 # %% [markdown]
-# *From left to right K falls, and many small masks become a few large ones. An image owns only some of the K clusters, so it has fewer
-# masks; a mask need not be connected. Colors are unrelated between pictures.* At K = 128 an image has 74 masks on average, at K = 4 it has
-# 3.2. With the regions themselves as masks, the paper's k-NN accuracy is 69.0 %, with clusters at a fixed K 75.7 (Table 4).
+# *From left to right K falls, and many small masks become a few large ones. An image contains only some of the K clusters, so it has
+# fewer masks than K; a mask need not be connected. Colors do not match across pictures.* At K = 128 an image has 74 masks on average, at
+# K = 4 it has 3.2. The paper's k-NN accuracy is 69.0 % with the regions themselves as masks and 75.7 with clusters at a fixed K (Table 4).
 #
 # ## 4. A group shares its clusters
 #
@@ -265,7 +266,7 @@ about(masks_per_image(masks[4]), 3.2)
 # mu, cluster = kmeans_seeded(p, valid, uniforms, iters)  # Eq. (3)
 # ```
 #
-# in [cluster_regions](../r2o.py#L141). N is the number of a group's regions; ids that an image lacks are not `valid`; `uniforms` are
+# See [cluster_regions](../r2o.py#L141). N is the number of regions in a group; ids that an image lacks are not `valid`; `uniforms` are
 # random numbers for the first centers.
 
 # %%
@@ -277,14 +278,15 @@ show("group", draw(pictures, columns=len(shown), side=1.5, labels=["images", "sh
 about(masks_per_image(shared), 5.1)
 
 # %% [markdown]
-# *Six of 32 images (five photographs and crops of them), K = 6. Look at the rocket: alone, third row, K-means must spend 6 clusters on
-# it and cuts the plain sky; in the group, second row, the sky is one mask. In the second row a color is the same cluster in all images.* In the
-# group an image has 5.1 masks on average. The price: what is rare in the group shares a cluster with something else.
+# *Six of the 32 images (five photographs and crops of them), K = 6. Look at the rocket: clustered alone (third row), it must have 6
+# clusters, which cut up the plain sky; in the group (second row), the sky is one mask. There a color is the same cluster in all
+# images.* In the group an image has 5.1 masks on average. The price: what is rare in the group shares a cluster with
+# something else.
 #
 # ## 5. Pixels or regions
 #
-# Regions decide what is clustered. Who owns a cell is another question: its own nearest center, as in the paper (`--assign pixel`),
-# or the center of its region, as in the authors' code (`--assign region`):
+# Regions decide what is clustered. Which center gets a cell is another question: the nearest to the cell itself, as in the paper
+# (`--assign pixel`), or its region's, as in the authors' code (`--assign region`):
 #
 # ```python
 # if assign == "region":
@@ -298,19 +300,19 @@ show("assign", draw([*pictures, ("cells that differ", shared[0] != by_region[0])
 about(100 * (shared != by_region).float().mean(), 23)
 
 # %% [markdown]
-# *One image's masks at K = 6 in the group; yellow cells differ, mostly along outlines.* In all 32 images 23 % of the cells do. Region masks
-# follow the prior's outlines; pixel masks follow the features, each of which has seen pixels on both sides.
+# *One image's masks at K = 6 in the group; yellow cells differ, mostly along outlines.* Over all 32 images 23 % differ. Region masks
+# follow the prior's outlines; pixel masks follow the features, each of which has seen pixels on both sides of an outline.
 #
 # ## 6. Two views, and the mask in each
 #
-# Two boxes are cropped, resized, mirrored or not, and their colors changed: two views. The masks go the same way, without the
-# colors:
+# Two boxes are cropped, resized, mirrored or not, and recolored to make two views. The masks are cropped, resized and mirrored
+# alike:
 #
 # ```python
 # m1, m2 = (crop_masks(m, boxes[:, v], flips[:, v], num_clusters, size) for v in (0, 1))  # (B, K, H, W)
 # ```
 #
-# in [masks_in_views](../r2o.py#L186). [crop_masks](../r2o_ops.py#L230) crops and resizes K maps, 1 inside a mask and 0 outside (RoIAlign).
+# See [masks_in_views](../r2o.py#L186). [crop_masks](../r2o_ops.py#L230) crops and resizes K maps, 1 inside a mask and 0 outside (RoIAlign).
 
 
 # %%
@@ -338,8 +340,9 @@ for v in (0, 1):
 show("views", figure)
 
 # %% [markdown]
-# *Follow one mask, in m around the spoon. Yellow cells of a view are inside it, violet ones are not, green ones in part. A piece of it lies in
-# a corner of m, and in m1 in the other corner: view 1 is mirrored.* If masks were not mirrored along, wrong places would be compared.
+# *Follow the mask around the spoon in m. Yellow cells of a view are inside it, violet ones outside, green ones partly inside. A
+# piece of it lies in one corner of m but in the other corner of m1: view 1 is mirrored.* If masks were not mirrored too, wrong places
+# would be compared.
 #
 # ## 7. Rows
 #
@@ -350,7 +353,7 @@ show("views", figure)
 # return torch.cat([m1, m2]), in_both.nonzero()  # on a GPU the host waits here, to learn P
 # ```
 #
-# at the end of [masks_in_views](../r2o.py#L186).
+# See the end of [masks_in_views](../r2o.py#L186).
 
 # %%
 K = 74
@@ -365,8 +368,8 @@ about(100 * len(pairs) / (B * K), 44)
 about(100 - 100 * seen.float().mean(), 48)
 
 # %% [markdown]
-# *A square is one mask of one image. Only dark ones are used, 44 % of all: both views see them.* The authors' code keeps a row for every
-# square in either view. Here 48 % of these would be zero vectors, which batch norm in projector and predictor would count.
+# *Each square is one mask of one image. Only the dark ones are used, 44 % of all: both views see them.* The authors' code keeps a row
+# per view for every square. Here 48 % of these rows would be zero vectors, which batch norm in projector and predictor would count.
 #
 # ## 8. Features of a mask
 #
@@ -380,7 +383,7 @@ about(100 - 100 * seen.float().mean(), 48)
 # return F.pad(mask_pool(c5, weights, rows), (0, 0, 0, 0 if len(pairs) else 2))
 # ```
 #
-# in [pool_pairs](../r2o.py#L194), by [mask_pool](../r2o_ops.py#L257).
+# See [pool_pairs](../r2o.py#L194), which calls [mask_pool](../r2o_ops.py#L257).
 
 # %%
 K, shown = 16, 3
@@ -412,19 +415,19 @@ about(same, 0.52)
 assert others < 0.1
 
 # %% [markdown]
-# *Right: a square compares a mask in view 1 with a mask in view 2, after the mean of all h is subtracted. The diagonal, the same mask, should be
-# the most violet; some other pairs are violet too. Numbers that are missing are masks that one view does not see. One encoder makes both h
-# here.* Over the 32 images the cosine is 0.52 for the same mask and below 0.1 for two masks of an image. With K = 1 a mask is the whole
-# view, h the usual global mean, and R2O is BYOL (A.10).
+# *Right: each square compares a mask in view 1 with a mask in view 2, after subtracting the mean of all h. The diagonal (the same mask)
+# should be the most violet; some other pairs are violet too. Missing numbers are masks that one view does not see. Here one encoder makes
+# both h.* Over the 32 images the cosine is 0.52 for the same mask and below 0.1 for two masks of an image. With K = 1 the mask is the whole
+# view, h is the usual global mean, and R2O is BYOL (A.10).
 #
 # ## 9. The loss
 #
 # The online network theta has one more MLP behind its projector, the predictor: together they turn h into q. The target network xi turns
-# its h into z, without gradient. Eq. (5), the loss, is the sum of both directions, averaged over rows, of
+# its h into z, without gradient. The loss, Eq. (5), sums Eq. (4) over both directions and averages it over rows:
 #
 # $$\left\lVert \frac{q}{\lVert q \rVert} - \frac{z}{\lVert z \rVert} \right\rVert^2 = 2 - 2 \cos(q, z) \qquad \text{Eq. (4)}$$
 #
-# where q and z are of the same image and mask, in different views (`roll` swaps them). In `represent()` of [R2O](../r2o.py#L276):
+# Here q and z belong to the same image and mask in different views (`roll` swaps them). In `represent()` of [R2O](../r2o.py#L276):
 #
 # ```python
 # q = self.predictor(self.online["projector"](pool_pairs(c5, weights, pairs)))  # (2P, dim)
@@ -442,8 +445,8 @@ assert others < 0.1
 # model.update_target(tau)
 # ```
 #
-# From here on, a small encoder is trained on 1,000 scenes of patterned objects, those of `make demo`, for 16 epochs of 15 steps: K is 32 up to
-# epoch 2 and falls to 6. The notebook has the loop. The curves are of held-out scenes, with K = 6 throughout.
+# From here on, a small encoder is trained on 1,000 of `make demo`'s scenes of patterned objects for 16 epochs of 15 steps: K is 32 up to
+# epoch 2, then falls to 6. The notebook has the loop. The curves are for held-out scenes, with K = 6 throughout.
 
 
 # %%
@@ -515,14 +518,14 @@ about_training(losses[-1][1], 1.33)
 
 # %% [markdown]
 # *Look at the gap. In the first epoch both losses fall: every q moves to the average of all z, which fits any mask equally. Then the loss
-# for the mask itself goes on falling, to 0.68, and that for other masks of the image rises, to 1.33:* to do better than the average, q must
-# tell which mask it comes from. No term of the loss pushes masks apart.
+# for the same mask keeps falling, to 0.68, while that for other masks of the image rises, to 1.33:* to do better than the average, q must
+# show which mask it comes from. No term of the loss pushes masks apart.
 #
 # ## 10. The schedule
 #
 # Why let K fall? The paper's reason is that it works: k-NN accuracy is 75.7 % with K = 64 throughout, 80.0 with K rising, 85.5 with K
-# falling, but 73.8 if it falls from 16 (Table 9). A plausible one: early features tell which patches look alike, not which make an object, so small masks are safe; later
-# ones can join patches, and then learn from larger masks.
+# falling, but 73.8 if it falls from 16 (Table 9). A plausible reason: early features tell which patches look alike, not which form an
+# object, so small masks are safe; later features can join patches, and then learn from larger masks.
 #
 # K is K_0 = 128 up to epoch t_a = 40, then falls along a quarter of a cosine to K_f = 4 at the end, epoch T = 300:
 #
@@ -534,7 +537,7 @@ about_training(losses[-1][1], 1.33)
 # return math.floor(k_end + left * (k_start - k_end) + 1e-9)
 # ```
 #
-# in [num_clusters](../r2o.py#L532). The formula that the paper prints, Eq. (A1), ends at K = 103; this one agrees with its Fig. 5.
+# See [num_clusters](../r2o.py#L532). The formula that the paper prints, Eq. (A1), ends at K = 103; this one agrees with its Fig. 5.
 # [Schedule](../r2o.py#L565) gives K, learning rate and tau of every step.
 
 # %%
@@ -555,8 +558,8 @@ about(max(rates), 38.4)
 
 # %% [markdown]
 # *K and the learning rate are divided by their peaks; tau is scaled from 0.99 … 1 to 0 … 1: the target moves less and less.* K is 119 and 74
-# at epochs 100 and 200. The learning rate warms up for three epochs to 38.4. It has a factor of K / 16, as in the authors' code, and so falls
-# faster than a cosine; the training of section 9 is without this factor.
+# at epochs 100 and 200. The learning rate warms up for three epochs to 38.4. As in the authors' code, it has a factor of K / 16, so it
+# falls faster than a cosine; the training of section 9 lacks this factor.
 #
 # ## 11. Masks over training
 #
@@ -579,16 +582,16 @@ about_training(mean_overlap(columns["untrained\nK = 6"], truth), 0.3)
 about_training(mean_overlap(m, truth), 0.33)
 
 # %% [markdown]
-# *Compare the third column with the last but one: K = 6 before and after training (the fourth is the network of the third at K = 32). Objects
-# are patterned, backgrounds are not, and both are light or dark at random. Before, lightness counts as much as pattern; after, one mask covers
-# most dotted and checked objects, dark or light. Colors are unrelated between columns.* Best overlap is the IoU of an object with the mask that
-# fits it best; its mean is 0.3 before training and 0.33 after.
+# *Compare the third column with the second to last: K = 6 before and after training (the fourth is the untrained network at K = 32).
+# Objects are patterned, backgrounds are not, and both are light or dark at random. Before, lightness counts as much as pattern; after, one
+# mask covers most dotted and checked objects, dark or light. Colors do not match across columns.* Best overlap is the IoU of an object with
+# the mask that fits it best; its mean is 0.3 before training and 0.33 after.
 #
 # ## 12. A collapse
 #
-# If all z are one vector, every prediction is right and nothing is learned. The first four epochs again, with and without predictor,
-# and with a target that lags behind (tau from 0.99) or equals the online network (tau = 0). Below the picture is what train.py prints after
-# the last epoch of the run that has neither.
+# If all z are the same vector, every prediction is right and nothing is learned. The picture has the first four epochs with and without
+# a predictor, and with a target that lags behind (tau from 0.99) or equals the online network (tau = 0). Below it is what train.py prints
+# after the last epoch of the run with neither predictor nor lag.
 
 
 # %%
@@ -621,8 +624,8 @@ assert (
 )
 
 # %% [markdown]
-# *Right: spread is the standard deviation of the normalized z over rows, times the square root of the number of their components; it is 1 if
-# they point everywhere. Without predictor it falls, slowly if the target lags, and if it does not, below 0.1 within 60 steps. With a predictor it
+# *Right: spread is the standard deviation of the normalized z over rows, times the square root of their dimension; it is 1 if they point
+# everywhere. Without a predictor it falls: slowly if the target lags, to below 0.1 within 60 steps if it does not. With a predictor it
 # stays near 0.8, even at tau = 0. Left: the collapsed run has the lowest loss, so watch the spread.*
 #
 # ## 13. Where masks fail
@@ -648,15 +651,15 @@ about_training(overlaps[sizes < 200].mean(), 0.08)
 about_training(overlaps[sizes >= 400].mean(), 0.4)
 
 # %% [markdown]
-# * **Border cells** (left). A gray image should be one mask, but has strips along its borders: zero padding tells border cells apart, and where
-#   nothing else differs they become masks.
+# * **Border cells** (left). A gray image should be one mask, but has strips along its borders: zero padding sets border cells apart, and
+#   where nothing else differs they become masks.
 # * **One color** (second and third). The sky is cut in two at K = 16: where nothing else differs, lightness and the distance from the border decide.
-# * **Small objects** (right; a dot is an object). Those under 200 pixels, about 12 cells, have a mean best overlap of 0.08, those over 400 pixels
-#   of 0.4. A mask often covers several objects, and then fits the small ones worst.
+# * **Small objects** (right; each dot is an object). Mean best overlap is 0.08 for objects under 200 pixels (about 12 cells) and 0.4 for
+#   those over 400 pixels. A mask often covers several objects, and then fits the small ones worst.
 #
 # The paper's own failures are in A.10.
 #
 # ## Where next
 #
-# [r2o.py](../r2o.py) has all of this in the same order. [ablations.md](ablations.md) compares it with one part changed at a time;
-# [differences.md](differences.md) lists where the paper and its code disagree; [running.md](running.md) trains on your own images.
+# [r2o.py](../r2o.py) has all of this in the same order. [ablations.md](ablations.md) compares variants with one part changed;
+# [differences.md](differences.md) lists departures from the paper and its code; [running.md](running.md) trains on your own images.

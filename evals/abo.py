@@ -4,9 +4,9 @@
     python -m evals.abo --ckpt out --data images masks --plot abo.png      # a curve over out's checkpoints
     python -m evals.abo --ckpt random --data val2017 annotations/instances_val2017.json
 
-For every object, the IoU of the mask of its image that fits it best; the mean over all objects. Measured are the SLIC
-prior, the grid, and masks predicted as in training: `--group` random images share K clusters of their regions' C4
-features; pixels go to the nearest center, or with their region. Void pixels and crowds are ignored.
+The IoU of every object with the mask of its image that fits it best, averaged over all objects, for the SLIC prior, the
+grid, and masks predicted as in training: `--group` random images share K clusters of their regions' C4 features; pixels
+go to the nearest center, or to their region's cluster. Void pixels and crowds are ignored.
 """
 
 import itertools
@@ -46,7 +46,7 @@ def parse_args(argv):
     p = cli.Parser(__doc__)
     add_encoder_flags(p)
     add_truth_flags(p, "; or one of images and a COCO instances JSON")
-    ks = "clusters (default: 128 64 16 4, for several checkpoints 4; and K(t), if they say what it was)"
+    ks = "clusters (default: 128 64 16 4, or 4 for several checkpoints; also K(t), if the checkpoint tells)"
     p.add_argument("-k", type=count, nargs="+", help=ks)
     p.add_argument("--group", type=count, default=32, help="images clustered together")
     p.add_argument("--segments", type=count, default=100, help="superpixels that SLIC aims for")
@@ -66,8 +66,8 @@ def parse_args(argv):
 class Truth(Dataset):
     """(image (3, S, S) uint8, prior (h, w) uint8, objects (n, h, w) bool, void (h, w) bool) of every image.
 
-    rows: (image file, annotation), which is a mask file or an image of load_coco(). read: of a mask file, see
-    read_ids()."""
+    rows: (image file, annotation); an annotation is a mask file or an image of load_coco(). read: reads a mask file, as
+    read_ids() does."""
 
     def __init__(self, rows: list[tuple[Path, object]], size: int, segments: int, read=read_ids):
         self.rows, self.size, self.segments, self.read = PackedList(map(pickle.dumps, rows)), size, segments, read
@@ -87,7 +87,7 @@ class Truth(Dataset):
 
 
 def coco_objects(image: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """An image of load_coco() -> objects (n, h, w) and void (h, w), bool: crowds, where no object is."""
+    """An image of load_coco() -> objects (n, h, w) and void (h, w), bool; void: crowds, except where an object is."""
     h, w = image["height"], image["width"]
     masks = [(decode(a["segmentation"], h, w).bool(), a["iscrowd"]) for a in image["annotations"]]
     empty = torch.zeros(0, h, w, dtype=torch.bool)
@@ -106,8 +106,8 @@ def open_truth(args) -> Truth:
 
 
 def measure(tested: list[Tested], ks: list[list[int]], truth: Truth, args, device) -> tuple[dict, dict, int]:
-    """ks: numbers of clusters per encoder. Returns average best overlaps by (masks, K, assign), means over the seeds of
-    K-means; their standard deviations, for those of several; and the number of objects."""
+    """ks: numbers of clusters per encoder. Returns average best overlaps by (masks, K, assign), averaged over seeds of
+    K-means; their standard deviations, where there are several seeds; and the number of objects."""
     order = np.random.default_rng(0).permutation(len(truth)).tolist()  # neighboring files often share a class
     groups = [order[i : i + args.group] for i in range(0, len(order), args.group)]
     settings = {"num_workers": args.workers, "worker_init_fn": distributed.ignore_stop_signals, "collate_fn": list}

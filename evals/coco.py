@@ -14,8 +14,8 @@ from runtime.cli import UsageError, need, need_package
 
 
 def load_coco(folder: Path, file: Path) -> tuple:
-    """pycocotools' COCO of an instances JSON, and its images, by id: COCO's dicts with their `path` in the folder and
-    their `annotations`. Of these, iscrowd, area, bbox and ids may be missing: they follow from the rest. Raises
+    """An instances JSON as pycocotools' COCO, and its images, sorted by id: COCO's dicts plus `path`, in the folder,
+    and `annotations`, whose iscrowd, area, bbox and ids may be missing: they follow from the rest. Raises
     UsageError if there are no annotations, if they are incomplete or refer to categories or images that the file does
     not list, and if images are missing."""
     need_package("pycocotools", f"{file}, as COCO annotations,")
@@ -54,7 +54,7 @@ def _complete(images: list[dict], annotations: list[dict], categories: list[dict
             need(a[key] in known, f"{name} has {key} {a[key]}, none of the {len(known)} listed there")
         image, shape = images[a["image_id"]], a.get("segmentation")
         size = image["height"], image["width"]
-        shapes = "polygons of 3 points or more, or run lengths of the image's size; boxes alone do not do"
+        shapes = "polygons of 3 points or more, or run lengths of the image's size; boxes alone do not suffice"
         need(is_mask(shape, *size), f"{name} has no mask: expected as segmentation {shapes}")
         a.setdefault("iscrowd", 0)
         if "bbox" not in a or "area" not in a:

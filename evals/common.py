@@ -35,7 +35,7 @@ def add_seeds_flag(p: Parser):
 
 
 def add_network_flag(p: Parser):
-    network = "whose masks; target: those that training uses (last.pth, or epoch_*.pth of --keep-every)"
+    network = "network that predicts the masks; target: as in training (needs last.pth or --keep-every's epoch_*.pth)"
     p.add_argument("--network", default="online", choices=("online", "target"), help=network)
 
 
@@ -152,7 +152,7 @@ def table_row(task: str, line: str, ours: str, paper: str, its_data: bool) -> st
 @torch.no_grad()
 def segmented(encoder, pairs, k: int, layer: str, size: int, device, read=read_ids, seeds: int = 1):
     """Yields, for each image, (image (3, S, S) uint8, segments (h, w), foreground's id, truth (h, w) bool, metrics of
-    each K-means), with the first K-means' segments. read: of a mask file, see read_ids(). seeds: of K-means."""
+    each K-means run); segments are the first run's. read: reads a mask file, like read_ids(). seeds: number of runs."""
     generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
     for start in range(0, len(pairs), 32):
         batch = pairs[start : start + 32]
@@ -171,8 +171,8 @@ def segmented(encoder, pairs, k: int, layer: str, size: int, device, read=read_i
 
 
 def mean_scores(scores: list[list[dict]], n: int) -> tuple[dict[str, float], dict[str, float]]:
-    """scores: of each image that has a foreground, of n in all, and each K-means. Returns the means over images and
-    K-means, with the numbers of images, and the standard deviations over K-means, empty if there is but one."""
+    """scores: per image with a foreground (of n images) and per K-means run. Returns the means over images and runs,
+    with the numbers of images, and the standard deviations over runs, empty if there is only one."""
     need(scores, NO_FOREGROUND)
     runs = list(zip(*scores, strict=True))  # by K-means, then by image
     each = {name: [statistics.fmean(s[name] for s in run) for run in runs] for name in scores[0][0]}

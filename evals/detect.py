@@ -50,7 +50,7 @@ VIT = "Table 8, after ImageNet-100: box AP 40.5, mask AP 36.6; MAE 34.8, 31.7"
 
 def parse_args(argv):
     p = cli.Parser(__doc__)
-    data = "folder of train2017, val2017 and annotations; or images, JSON, images and JSON, to train on and to evaluate"
+    data = "folder with train2017, val2017, annotations; or 4 paths: images and JSON to train on, then to evaluate on"
     p.add_argument("--data", required=True, nargs="+", type=Path, help=data)
     finetune.add_flags(p, out="detect", batch_size=32, weight_decay=None, epochs=None, lr=None, seeds=[0, 1, 2])
     p.add_argument("--schedule", default="1x", choices=EPOCHS, help="12 or 24 epochs, unless --epochs is given")
@@ -110,7 +110,7 @@ class Objects(Dataset):
             rows = [row | {"annotations": [a for a in row["annotations"] if not a["iscrowd"]]} for row in rows]
             rows = [row for row in rows if row["annotations"]]
         self.rows = PackedList(map(pickle.dumps, rows))
-        self.coco = None if trains else coco  # millions of objects, which training workers would copy bit by bit
+        self.coco = None if trains else coco  # millions of objects, which training workers would gradually copy
 
     def __len__(self):
         return len(self.rows)

@@ -4,8 +4,8 @@
     python -m evals.export --ckpt out/r2o.pth --to timm --out r2o.safetensors
     python -m evals.export --ckpt theirs.pth --to r2o --out r2o.pth
 
---ckpt may be in any of these layouts, which its names tell. The suffix of --out selects the kind of file: .pth, for
-torchvision and timm also .safetensors, for Detectron2 also .pkl. Batch norm's counters become 0 if a file lacks them.
+--ckpt may be in any of these layouts; its tensors' names tell which. The suffix of --out selects the format: .pth, also
+.safetensors for torchvision and timm, and .pkl for Detectron2. Batch norm's counters become 0 if a file lacks them.
 """
 
 from pathlib import Path

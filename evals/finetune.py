@@ -30,7 +30,7 @@ from runtime.weights import load_encoder, read_weights
 
 
 class Stopped(Exception):
-    """A stop signal came, and the run has been saved. status: to exit with."""
+    """A stop signal was received, and the run has been saved. status: the exit status."""
 
     def __init__(self, message: str = "", status: int = distributed.STOPPED):
         super().__init__(message)
@@ -43,8 +43,8 @@ class Diverged(Exception):
 
 @dataclass
 class Run:
-    """One run of a sweep. settings: what a checkpoint must agree with, besides the flags of every run. steps: fit()
-    sets how many are done, and of how many."""
+    """One run of a sweep. settings: what a checkpoint must match, besides the flags common to all runs. steps:
+    (done, total), set by fit()."""
 
     args: object
     out: Path
@@ -121,11 +121,11 @@ def sgd(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimiz
 def fit(
     run: Run, model, fingerprint: str, data: Dataset, loss_of, drops, warmup: int = 0, collate=None, optimizer_of=sgd
 ):
-    """Train the model, on its device, from what the run's folder holds to the end; --epochs 0 only loads it.
+    """Train the model on its device to the end, resuming from the run's folder; --epochs 0 only loads it.
 
-    fingerprint: of the encoder it starts from. data: indexed by (epoch, i), with all randomness of a sample following
-    from these and the seed, so that an interrupted run ends as an uninterrupted one. loss_of(model, batch): the mean
-    loss of what `collate` made of samples. drops, warmup: of learning_rate(). optimizer_of(model, lr, weight_decay) may
+    fingerprint: of the initial encoder. data: indexed by (epoch, i); all randomness of a sample must follow from these
+    and the seed, so that an interrupted run ends like an uninterrupted one. loss_of(model, batch): the mean loss of a
+    batch, as `collate` made it. drops, warmup: see learning_rate(). optimizer_of(model, lr, weight_decay) may
     give its groups a `scale` of the learning rate. Raises Stopped, Diverged, UsageError.
     """
     (rank, world, device), args = distributed.place(), run.args

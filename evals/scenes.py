@@ -23,9 +23,9 @@ VOID = 255
 
 @dataclass
 class Recipe:
-    """A data set's classes, and how A.2 trains on it. key: by which a run knows its data. ids: value of a label's pixel
+    """A data set's classes, and how A.2 trains on it. key: identifies the data for a run. ids: a label's pixel value
     -> class or VOID. shape: what images are resized to, before scaling and for evaluation. lr: the authors' configs'.
-    sweep: what --lr paper stands for. images: of val, by which the data set is recognized."""
+    sweep: what --lr paper stands for. images: their number in val, by which the data set is recognized."""
 
     key: str
     title: str
@@ -83,7 +83,7 @@ def open_scenes(args) -> tuple[Recipe, list[tuple[Path, Path]], list[tuple[Path,
 
 
 def find_voc(data: Path) -> Path | None:
-    """The folder of VOCdevkit, if `data` is it or inside."""
+    """The folder that holds VOCdevkit, if `data` is that folder or inside it."""
     for root in (data, data.parent, data.parent.parent):
         if (root / "VOCdevkit/VOC2012").is_dir() and data.resolve().is_relative_to(root.resolve()):
             return root
@@ -147,8 +147,8 @@ def list_own(data: list[Path], split: str, val_split: str, suffix: str | None) -
 
 
 def own_recipe(args, train: list, val: list) -> Recipe:
-    """What --classes and --void say about one's own labels, all of which are read once, so that a wrong id ends the
-    program before it has trained. Void ids are no classes, even if they are below the number of classes."""
+    """The recipe for your own labels, from --classes and --void. All labels are read once, so that a wrong id ends the
+    program before training. Void ids are not classes, even if they are below the number of classes."""
     void, seen, rank = args.void or [], ({}, {}), distributed.place()[0]
     settings = {"num_workers": args.workers, "worker_init_fn": distributed.ignore_stop_signals}
     pairs = train + val
@@ -165,7 +165,7 @@ def own_recipe(args, train: list, val: list) -> Recipe:
     known = [i for i in range(len(names)) if i not in void]
     for id_, path in sorted(every.items()):
         classes = f"the {len(names)} classes of --classes are 0 to {len(names) - 1}"
-        mend = f"mend the file, count the id in, or pass --void {' '.join(map(str, sorted({*void, id_})))} to ignore it"
+        mend = f"mend the file, add the class, or pass --void {' '.join(map(str, sorted({*void, id_})))} to ignore it"
         mend = mend if 0 <= id_ < 2**16 else "ids are at most 65,535"
         need(id_ in void or id_ in known, f"the label {path} holds id {id_}, but {classes}{binary}: {mend}")
     missing = [names[i] for i in known if i not in seen[0]]
@@ -214,8 +214,8 @@ def read_label(path: Path) -> Tensor:
 
 
 class LabelIds(Dataset):
-    """[i]: the ids in a label file. Raises UsageError if its shape is not that of its image, of which the header is
-    read. pairs: (image, label) files."""
+    """[i]: the ids in a label file. Raises UsageError if its shape differs from its image's, which is read from the
+    header. pairs: (image, label) files."""
 
     def __init__(self, pairs: list[tuple[Path, Path]]):
         self.pairs = pairs
@@ -231,7 +231,7 @@ class LabelIds(Dataset):
 
 
 def shape_of(path: Path) -> tuple[int, int]:
-    """Of an image, from its header: height and width, as it is meant to be seen."""
+    """An image's height and width, from its header, with EXIF orientation applied."""
     with Image.open(path) as file:
         turned = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return file.size if turned else file.size[::-1]

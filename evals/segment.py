@@ -7,7 +7,7 @@
 --data is the folder that holds VOCdevkit; leftImg8bit and gtFine; or images and labels. Every learning rate is run with
 every seed, in OUT/lr0.01-seed0 and so on; the one with the best mean over the seeds is reported. Rerun to resume.
 
-Where the paper is silent, MMSegmentation's defaults hold, as it says: dropout of 0.1 before the last layer, and a loss
+For the rest, MMSegmentation's defaults hold, as the paper says: dropout of 0.1 before the last layer, and a loss
 averaged over all pixels, void ones included.
 """
 
@@ -33,7 +33,7 @@ def parse_args(argv):
     p = cli.Parser(__doc__)
     data = "folder of VOCdevkit, of leftImg8bit and gtFine, or of images and labels; or IMAGES LABELS, two folders"
     p.add_argument("--data", required=True, nargs="+", type=Path, help=data)
-    classes = "of your own labels: a file with a name per line, for the ids 0, 1, …; or how many"
+    classes = "classes of your own labels: a file with a name per line, for ids 0, 1, …; or their number"
     p.add_argument("--classes", metavar="FILE|N", help=classes)
     void = "ids in your own labels to ignore, in training and evaluation"
     p.add_argument("--void", type=number(int, 0, 2**16 - 1), nargs="+", metavar="ID", help=void)

@@ -30,7 +30,7 @@ def add_truth_flags(p: Parser, also: str = ""):
     data = f"CUB_200_2011 (with images.txt, images, segmentations), a folder of images and one of masks{also}"
     p.add_argument("--data", required=True, nargs="+", type=Path, help=data)
     p.add_argument("--split", default="test", help="CUB's own test set, or a file of ids, such as ReDO's")
-    masks = "what mask files hold: an object above 127, or an id for each; auto: told by their values"
+    masks = "what mask files hold; binary: an object above 127; ids: one per object; auto: guess from the values"
     p.add_argument("--masks", default="auto", choices=("auto", "binary", "ids"), help=masks)
     foreground = "ids in mask files that are objects, all others being background (1 for Oxford-IIIT Pet's trimaps)"
     p.add_argument("--foreground", type=natural, nargs="+", metavar="ID", help=foreground)
@@ -40,7 +40,7 @@ def add_truth_flags(p: Parser, also: str = ""):
 
 
 def add_suffix_flag(p: Parser):
-    suffix = "what masks' names end in before the dot: _mask, if X_mask.png is that of X.jpg"
+    suffix = "ending of masks' names before the dot: _mask, if X_mask.png is the mask of X.jpg"
     p.add_argument("--mask-suffix", metavar="TEXT", help=suffix)
 
 
@@ -78,8 +78,8 @@ def read_ids(path: str | Path, kind: str = "auto", foreground=None, void=None) -
     """A mask file as ids (h, w) int64: 0 background, -1 void, others objects.
 
     kind: "binary", an object above half of white; "ids", one per object, with 255 as void (16-bit files have none;
-    colors are ImageNet-S's red + 256 green, with 1000 as void); "auto", guess_kind(). foreground: of "ids", those that
-    are objects, which become 1, 2, …; the others become background (default: all but 0). void: those that become void.
+    colors are ImageNet-S's red + 256 green, with 1000 as void); "auto", guess_kind(). foreground: for "ids", those that
+    are objects and become 1, 2, …; the rest become background (default: all but 0 are objects). void: ids to ignore.
     """
     if foreground or void:
         values, default = _values(path)
@@ -138,7 +138,7 @@ def guess_kind(gray: Tensor, palette: bool, path) -> str:
     if palette or not len(between):
         return "ids" if len(between) else "binary"
     ids = between.max() < 51
-    edges = ids and white.sum() > 4 * len(between)  # of a binary mask, or more void than objects
+    edges = ids and white.sum() > 4 * len(between)  # soft edges of a binary mask, or more void than objects
     dark = not ids and gray.max() < 250 and (between % 51).any()  # ids above 50, or a mask that is not quite white
     values = f"({between.unique()[:4].tolist()}, …)"
     unclear = f"the mask {path} may hold ids or gray levels {values}: pass --masks ids or --masks binary"
@@ -158,7 +158,7 @@ def list_masks(data: list[Path], split: str, suffix: str | None = None) -> list[
 
 
 def list_cub(folder: Path, split: str) -> list[tuple[Path, Path]]:
-    """(image, mask) of CUB_200_2011: its test set, or a file of ids, or of ReDO's (id, split) with split 2."""
+    """(image, mask) of CUB_200_2011: its test set, the ids in a file, or those with split 2 in ReDO's (id, split)."""
     expected = "expected the folder CUB_200_2011, or two folders, of images and of masks"
     need((folder / "images.txt").exists(), f"no images.txt in {folder}: {expected}")
     separate = "a separate download, segmentations.tgz at data.caltech.edu/records/65de6-vp158; unpack it there"
@@ -183,7 +183,7 @@ def is_cub(folder: Path) -> bool:
 
 def list_pairs(images: Path, masks: Path, suffix: str | None = None) -> list[tuple[Path, Path]]:
     """(image, mask) of two folders whose files have the same relative names, apart from their endings. suffix: what
-    the names of masks have more, as X_mask.png has; then both may be in one folder."""
+    masks' names have in addition, as in X_mask.png; both may then be in one folder."""
     together = images.resolve() == masks.resolve()
     of, marked = [], [False if together else None, True] if suffix else [None, None]
     for folder, is_mask in zip((images, masks), marked, strict=True):

@@ -37,8 +37,8 @@ def printable(text: str) -> str:
 
 
 def run(program: str, work):
-    """Exit with the status that work() returns; after one line on stderr, with 2 for bad input, too little memory or a
-    dead loader worker, and with 130 after Ctrl-C."""
+    """Exit with the status that work() returns. Bad input, too little memory or a dead loader worker: one line on
+    stderr and status 2; Ctrl-C: one line and 130."""
     problem, status = None, 2
     try:
         status = work()
@@ -64,8 +64,8 @@ def run(program: str, work):
 
 
 def environment_problem(e: Exception) -> str:
-    """What to say of an error that the machine caused, not the program; "" of others."""
-    said, lower = str(e), "lower --batch-size, or raise --accum where there is one"
+    """The message for an error that the machine caused, not the program; "" for others."""
+    said, lower = str(e), "lower --batch-size, or raise --accum if the program has it"
     if isinstance(e, torch.OutOfMemoryError):
         return f"the GPU's memory is too small ({said.splitlines()[0]}): {lower}"
     if isinstance(e, MemoryError) or "DefaultCPUAllocator" in said:
@@ -75,7 +75,7 @@ def environment_problem(e: Exception) -> str:
     frames = [frame.filename for frame in traceback.extract_tb(e.__traceback__)]
     receiving = isinstance(e, (ConnectionError, EOFError)) and any("utils/data/dataloader.py" in f for f in frames)
     if receiving or re.search(r"DataLoader worker .*(killed|exited)", said):
-        return "a loader worker was killed, perhaps for want of memory: lower --workers, and rerun the command"
+        return "a loader worker was killed, perhaps for lack of memory: lower --workers, and rerun the command"
     return ""
 
 

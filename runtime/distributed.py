@@ -117,14 +117,14 @@ class StopSignals:
 
 
 def ignore_stop_signals(worker: int):
-    """For loader workers, which the training process shuts down itself; terminals and batch systems signal all."""
+    """For loader workers, which the training process shuts down: terminals and batch systems signal all processes."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
 def hold_signals():
-    """A stop signal that comes inside takes effect at the end, a second one at once."""
+    """Delay a stop signal until the end of this context; a second one takes effect at once."""
     came, before = [], {}
 
     def restore():
@@ -149,8 +149,8 @@ def hold_signals():
 
 
 def iterate(loader):
-    """The batches of a loader. A stop signal is held while its workers start, which would die of it with a traceback,
-    and while a batch is received, which would leave its worker with half a message."""
+    """The batches of a loader. A stop signal is held while workers start, since they would die of it with a
+    traceback, and while a batch is received, since its worker would be left with half a message."""
     with hold_signals():
         batches = iter(loader)
     while True:
@@ -171,8 +171,8 @@ def _kill_workers():
 
 
 def leave_process_group(status: int):
-    """Call this after the model under DDP is gone: gloo can deadlock if DDP destroys the group. After an error, exit at
-    once so that torchrun restarts the others: a goodbye to processes that are gone can hang."""
+    """Call this after the DDP model is deleted: gloo can deadlock if DDP destroys the group. After an error, exit at
+    once so that torchrun restarts the others: an orderly shutdown can hang if some are already gone."""
     if dist.is_initialized():
         if status in (1, 2, INTERRUPTED):
             sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What is in a folder of images: how many where, how large, and whether some are labels of the others."""
+"""What a folder of images holds: how many in each subfolder, their size, whether some are labels of the others."""
 
 import contextlib
 import itertools

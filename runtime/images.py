@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 from runtime.cli import UsageError, need
 
 EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".gif", b".bmp", b".tif", b".tiff", b".ppm", b".pgm")
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # read_image() has a limit, half of which is fine
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it warns at half of read_image()'s limit
 DAMAGE = (ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)  # Pillow's, besides OSError
 
 
@@ -39,8 +39,8 @@ def read_image(path: str | Path) -> Tensor:
 
 
 class PackedList:
-    """An immutable list of byte strings, kept as one string and the end of each. Forked workers share it: reading it
-    writes no reference counts, as reading a list of millions of objects does."""
+    """An immutable list of byte strings, kept as one string and the end of each. Forked workers share its memory:
+    unlike reading a list of millions of objects, reading it writes no reference counts."""
 
     def __init__(self, items):
         text, ends = bytearray(), array("q", [0])
@@ -113,7 +113,7 @@ def read_subset(path: str | Path) -> set[bytes]:
 
 
 def _scan(folder: bytes, inside: bytes, seen: set, wanted: set | None, found: set, take: bool):
-    """Yield (relative path, size) of the images in `folder`, then of those in its folders. take: of all of them."""
+    """Yield (relative path, size) of the images in `folder`, then of those in its subfolders. take: yield all."""
     if (real := os.path.realpath(folder)) in seen:  # a link to a folder that was scanned
         return
     seen.add(real)

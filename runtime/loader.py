@@ -17,11 +17,11 @@ from runtime.images import ImageList, read_image
 
 class ImageRegions(Dataset):
     """Images with their region maps, indexed by (epoch, i). All randomness of a sample follows from (seed, epoch, i),
-    so it depends on no worker, rank or interruption, and no two samples share any.
+    so it does not depend on workers, ranks or interruptions, and no two samples share any.
 
-    maps, header: of region_maps(); images that were unreadable then are left out. size: side of a view. policy: of
-    draw_views(). spanning: the image and its boxes are cropped to both views, as Odin wants. A sample is a dict: image
-    (S, S, 3) uint8, regions (h, w), num_regions, draw_views()'s entries, and unreadable: whether another replaces it.
+    maps, header: from region_maps(); images that it could not read are left out. size: side of a view. policy: see
+    draw_views(). spanning: crop the image (and shift its boxes) to span both views, for Odin. A sample is a dict: image
+    (S, S, 3) uint8, regions (h, w), num_regions, draw_views()'s entries, unreadable: whether another image replaces it.
     """
 
     def __init__(self, images: ImageList, maps, header: dict, size=224, seed=0, policy="byol", spanning=False):
@@ -70,7 +70,7 @@ class ImageRegions(Dataset):
 
 class Batches:
     """Sampler of this rank's share of every batch, for the given optimizer steps. Each epoch is a new permutation of
-    the images, each batch a slice of it, in `accum` micro-batches, of which each rank has a slice. Drops the rest."""
+    the images, each batch a slice of it, split into `accum` micro-batches, each split by rank. Drops the rest."""
 
     def __init__(self, images: int, batch: int, steps: range, seed: int, rank: int = 0, world: int = 1, accum: int = 1):
         self.images, self.batch, self.steps, self.seed = images, batch, steps, seed

@@ -48,7 +48,7 @@ def check_flags(args):
 
 def check_batches(args, images: ImageList, readable: int, num_regions: int):
     """Refuse batches that cannot work: before the region maps are computed, and again when num_regions is known.
-    readable: how many images there are, without unreadable ones."""
+    readable: the number of readable images."""
     world = distributed.place()[1]
     batch, parts = args.batch_size, world * args.accum
     if batch > readable:
@@ -75,8 +75,8 @@ def group_size(args) -> int:
 
 
 def command_for(args, images: ImageList, n: int) -> str:
-    """The command line, with what suits n such images and this machine in place of what does not: minutes for hundreds
-    of images on a CPU."""
+    """The command line, with values that suit n such images and this machine in place of those that do not. It takes
+    minutes for hundreds of images on a CPU."""
     _, world, device = distributed.place()
     side, cpu, world = median_side(images), device.type == "cpu", min(world, n)
     tiny = cpu or side <= 96
@@ -147,7 +147,7 @@ def print_maps_plan(maps_file: Path, images: int, size: int, seconds_per_map: fl
 
 
 def memory_of(device: torch.device) -> float:
-    """Bytes of a GPU; or of the machine, or of the container if that is less, shared among its processes."""
+    """Bytes of memory: the GPU's; or the machine's or its container's, whichever is less, divided among processes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -175,7 +175,7 @@ def check_memory(model: r2o.R2O, args, started: bool = False, quiet: bool = Fals
 
 
 def fitting_accum(model: r2o.R2O, share: int, size: int, device: torch.device) -> int | None:
-    """Into how many micro-batches a process must divide so many images; None if one image is too much."""
+    """How many micro-batches a process must split `share` images into; None if even one image is too much."""
     have = memory_of(device)
     parts = (n for n in range(1, share + 1) if share % n == 0)
     return next((n for n in parts if training_memory(model, share // n, size, device) <= 0.9 * have), None)
@@ -204,7 +204,7 @@ def training_memory(model: r2o.R2O, images: int, size: int, device: torch.device
     weights = sum(p.nbytes for p in model.parameters())
     weights += 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
     rows = images * getattr(model, "samples", 0)  # of each view
-    weights += 28 * rows**2 * distributed.place()[1]  # for both directions two cosines, two masks; and a backward pass
+    weights += 28 * rows**2 * distributed.place()[1]  # per direction two cosines, two masks; and the backward pass
     if r2o.extension(device) == "cuda" and model.masks == "predicted":  # K-means keeps dot products of groups' points
         points = min(images, model.kmeans_group) * model.num_regions
         groups = min(images * model.num_regions / points, max(1, r2o_ops.r2o_C.gram_bytes_cuda // (4 * points**2)))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from runtime.cli import UsageError, need
 
 MAX_SKIPPED = 10  # in a row, after which a run ends
-BEFORE = "a checkpoint, if there is one, is from before: if it happens again, resume with a lower --lr and --changed"
+BEFORE = "any checkpoint was saved before that: if it happens again, resume with a lower --lr and --changed"
 # Names in last.pth -> attributes of Progress
 SAVED = {"step": "step", "streak": "skipped_in_a_row", "taken": "steps_done", "skipped": "skipped", "sums": "sums"}
 
@@ -67,7 +67,7 @@ class NonFiniteGuard:
         self.statistics = [b for b in model.buffers() if b.is_floating_point()]  # of batch norm
 
     def remember(self):
-        """Before the forward pass, which updates batch norm's statistics."""
+        """Save batch norm's statistics before the forward pass updates them."""
         self.before = torch._foreach_add(self.statistics, 0)
 
     def finite(self, loss: Tensor) -> Tensor:

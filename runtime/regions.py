@@ -124,7 +124,7 @@ def _make_maps(images: ImageList, path: Path, header_path: Path, made_from: dict
 
 
 def _load_progress(partial: Path, progress: Path, made_from: dict) -> dict:
-    """How far path.partial is, 0 if it was made from anything else."""
+    """How much of path.partial is done; nothing if it was made from anything else."""
     fresh = {"done": 0, "num_regions": 0, "unreadable": []}
     try:
         saved = json.loads(progress.read_text()) if progress.exists() else {"made_from": None}

@@ -91,7 +91,7 @@ class Report:
         return (step - self.began_at) * self.schedule.batch_size / (time.perf_counter() - self.began)
 
     def step(self, step: int, stats: dict[str, Tensor], k: int, lr: float, tau: float):
-        """Advance the bar to `step`, counted from 1. Every tenth shows the loss: the host waits for a GPU."""
+        """Advance the bar to `step`, counted from 1. Only every tenth shows the loss, for which the host waits."""
         if self.silent:
             return
         self.bar.update()

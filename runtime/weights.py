@@ -37,8 +37,8 @@ COUNTER = "num_batches_tracked"  # of batch norm; torchvision's older files lack
 def load_encoder(ckpt: str | Path, arch: str | None = None, network: str = "online") -> tuple[nn.Module, str]:
     """An encoder in eval mode, and a line that describes it.
 
-    ckpt: a file that read_weights() reads, or "random". arch: what it holds, which files tell; of "random", resnet50 by
-    default. network: "online" or "target". Raises UsageError for what read_weights() refuses.
+    ckpt: a file that read_weights() reads, or "random". arch: the encoder it holds, which files tell; for "random",
+    resnet50 by default. network: "online" or "target". Raises UsageError for what read_weights() refuses.
     """
     if str(ckpt) == "random":
         with torch.random.fork_rng(devices=[]):
@@ -120,7 +120,7 @@ def _load_any(path: str | Path) -> dict:
     try:
         with open(path, "rb") as f:
             file = _ArrayUnpickler(f, encoding="latin1").load()
-    except Exception as e:  # damaged pickles raise almost any
+    except Exception as e:  # damaged pickles raise almost anything
         raise UsageError(f"{path} is not a pickle of arrays and plain types ({e}): it is not read") from None
     return file if isinstance(file, dict) else {}
 
@@ -157,7 +157,7 @@ def to_torchvision(name: str) -> str:
 
 def write_weights(file: dict, layout: str, path: Path):
     """Write what read_weights() returns in a layout. The suffix of path is one of LAYOUTS[layout]. Raises OSError.
-    The layers that vit_b has and other libraries' ViTs lack are left out, but in layout "r2o"."""
+    The layers that vit_b has and other libraries' ViTs lack are left out, except in layout "r2o"."""
     state, about = file["state_dict"], {"arch": file["arch"], "epoch": file["epoch"]}
     if file["arch"] == "vit_b" and layout != "r2o":
         state = {r2o_vit.rename(n, layout == "timm"): x for n, x in state.items() if not n.startswith(APPENDED)}

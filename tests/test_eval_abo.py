@@ -303,7 +303,7 @@ def test_annotations_that_do_not_fit_are_refused(pairs, tmp_path, refused):
     for broken in ({"segmentation": []}, {"segmentation": [[1, 2, 3, 4]]}, {"segmentation": other_size}):
         assert "annotation 1 of" in (line := said(annotations=[one | broken])) and "has no mask: expected" in line
     line = said(annotations=[{key: x for key, x in one.items() if key != "segmentation"}])
-    assert "has no mask: expected" in line and "boxes alone do not do" in line
+    assert "has no mask: expected" in line and "boxes alone do not suffice" in line
     for broken in (
         [["a", "b", "c", "d", "e", "f"]],
         [[1, 2, 3, float("nan"), 5, 6]],

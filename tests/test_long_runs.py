@@ -131,7 +131,7 @@ def test_a_killed_loader_worker_ends_the_run_with_one_line(photos, tmp_path):
     os.kill(children(process)[-1], signal.SIGKILL)
     printed = process.communicate(timeout=60)[0]
     assert process.returncode == 2 and "Traceback" not in printed, printed
-    assert "a loader worker was killed, perhaps for want of memory: lower --workers" in printed
+    assert "a loader worker was killed, perhaps for lack of memory: lower --workers" in printed
     assert load(tmp_path / "out/last.pth")["step"] >= 3
 
 
@@ -319,7 +319,7 @@ def test_another_learning_rate_is_refused_without_changed(photos, copy, refuse, 
 def test_resuming_with_fewer_images_is_refused(photos, copy, refuse, monkeypatch):
     monkeypatch.setattr(train.ImageRegions, "__len__", lambda self: 23)
     flags = ["--data", photos, "--out", copy, *SMALL]
-    assert "was trained on 24 images, of which 23 can be read now: restore them" in refuse(*flags)
+    assert "was trained on 24 images, of which 23 can be read now: restore the rest" in refuse(*flags)
 
 
 def test_two_runs_do_not_share_an_out_folder(photos, tmp_path, refuse, monkeypatch):

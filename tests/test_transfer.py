@@ -637,7 +637,7 @@ def test_implausible_own_labels_are_refused_before_training(own, tmp_path, refus
     two = "--classes", 2
     assert "labels of your own need --classes" in said() and "yours hold the ids 0, 1, 255" in said()
     assert "holds id 255, but the 2 classes of --classes are 0 to 1" in said(*two, "--void", 9)
-    assert "count the id in, or pass --void 9 255 to ignore it" in said(*two, "--void", 9)
+    assert "add the class, or pass --void 9 255 to ignore it" in said(*two, "--void", 9)
     assert "makes 1 classes: expected 2 to 254" in said("--classes", 1)
     assert "no such file: --classes nowhere.txt" in said("--classes", "nowhere.txt")
     (own / "names.txt").write_text("a\nb\na\n")

@@ -107,7 +107,7 @@ __global__ void sums(const T* points, Problem<T> p) {
   if (at.d < p.D) p.sums[(at.g * at.stretches + at.stretch) * p.D + at.d] = sum;
   if constexpr (kSplit<T>) {
     for (int offset = kWarp / 2; offset > 0; offset /= 2) most = max(most, __shfl_xor_sync(kAllLanes, most, offset));
-    if (threadIdx.x % kWarp == 0) atomicMax(&p.most[at.g], __float_as_int(most));  // not negative: bits are in order
+    if (threadIdx.x % kWarp == 0) atomicMax(&p.most[at.g], __float_as_int(most));  // non-negative floats sort like ints
   }
 }
 
@@ -158,7 +158,7 @@ __device__ T warp_sums(T (&value)[n]) {
   return value[0];
 }
 
-// Inclusive sums over the lanes before, and this one.
+// Inclusive prefix sum over the lanes of a warp.
 template <typename V>
 __device__ V warp_scan(V v) {
   for (int offset = 1; offset < kWarp; offset *= 2) {
@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(kSeedThreads) seed(const double* uniforms, Pro
   }
 }
 
-// Sums, over the members of a cluster, their rows of a matrix (N, columns), in the columns from `first` on, one per thread
+// Sums the rows of a cluster's members in a matrix (N, columns), in the columns from `first` on, one column per thread
 // below kTile. member(word): its bits among 32 points. Sets size to the number of members.
 template <typename T, typename F>
 __device__ T member_sum(const T* rows, int N, int columns, int first, const F& member, int& size) {
@@ -393,7 +393,7 @@ std::tuple<Tensor, Tensor> kmeans_cuda(const Tensor& points, const Tensor& valid
   Tensor out = at::zeros({G, K, D}, options), label = at::full({G, N}, -1, options.dtype(at::kLong));
   if (points.numel() == 0) return {out, label};
   const int64_t at_once = std::max<int64_t>(1, kGramBytes / (N * (N + K) * points.element_size()));
-  for (int64_t g = 0; at_once < G && g < G; g += at_once) {  // fewer groups, with less memory
+  for (int64_t g = 0; at_once < G && g < G; g += at_once) {  // fewer groups at a time, to limit memory
     const int64_t some = std::min(at_once, G - g);
     const auto [c, l] = kmeans_cuda(points.narrow(0, g, some), valid.narrow(0, g, some), uniforms.narrow(0, g, some), max_iters);
     out.narrow(0, g, some).copy_(c), label.narrow(0, g, some).copy_(l);

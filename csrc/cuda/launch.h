@@ -9,7 +9,7 @@ namespace r2o {
 constexpr int kWarp = 32, kThreads = 256;
 constexpr unsigned kAllLanes = 0xffffffff;
 
-// Allows a kernel `bytes` of dynamic shared memory. CUDA requires this above 48 KB, of which static arrays are a part.
+// Allows a kernel `bytes` of dynamic shared memory. CUDA requires this above 48 KB, static arrays included.
 inline void allow_shared(const void* kernel, size_t bytes) {
   const auto status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (status != cudaSuccess) cudaGetLastError();  // clears it for the next launch check

@@ -70,7 +70,7 @@ enum class State { ready, barrier, collective, done };
 
 struct Fiber {
   ucontext_t context;  // to begin with
-  jmp_buf jump;        // to go on from; saves no signals, which would be a system call
+  jmp_buf jump;        // to resume from; saves no signal mask, which would take a system call
   bool started = false;
   std::vector<char> stack = std::vector<char>(kStack);
   dim3 index;
@@ -162,7 +162,7 @@ void record(Memory& m, const char* p, size_t bytes, Access kind) {
   const size_t first = (p - m.begin) / m.unit, count = bytes / m.unit;
   for (size_t i = first; i < first + count; ++i) {
     Word& word = m.words[i];
-    const int since = m.shared ? blocks_run : launches;  // what came before is ordered, and other blocks' shared memory unknown
+    const int since = m.shared ? blocks_run : launches;  // earlier launches are ordered, other blocks' memory unknown
     if (word.since != since) word = {}, word.since = since;
     if (m.shared && kind != Access::write && !word.filled) return fail("shared memory is read before it is written");
     const bool both_atomic = kind == Access::atomic && word.atomic;
@@ -199,7 +199,7 @@ void enter() {
   }
 }
 
-// Starts or goes on with `current`, until it leaves.
+// Starts or resumes `current`, until it leaves.
 __attribute__((noinline)) void go_on() {
   if (_setjmp(scheduler)) return;
   if (current->started) _longjmp(current->jump, 1);
