@@ -269,7 +269,7 @@ def test_the_figures_are_drawn_with_the_worst_images_first(pairs, finished, tmp_
     ious = [float(note.rsplit(" ", 1)[1]) for note in notes[2]]
     assert len(ious) == 3 and ious == sorted(ious) and ious[-1] < mean
     figures.main([str(f) for f in (*flags, "--ckpt", finished[0] / "r2o.pth", "--out", tmp_path)])
-    assert Image.open(tmp_path / "masks.png").size == (7 * 132 - 4, 16 + 3 * 132 - 4)
+    assert Image.open(tmp_path / "masks.png").size == (8 * 132 - 4, 16 + 3 * 132 - 4)
 
 
 def test_figures_refuse_input_that_cannot_be_drawn(pairs, tmp_path, refused_figures):

@@ -148,7 +148,7 @@ HERE = torch.backends.cpu.get_cpu_capability().lower()  # PyTorch would take mor
 @pytest.mark.parametrize("capability", CAPABILITIES[: CAPABILITIES.index(HERE) + 1] if HERE in CAPABILITIES else [HERE])
 def test_ops_equal_their_references_for_every_vector_width(capability, tmp_path):
     """csrc/cpu/rows.h has its loops once for each; PyTorch's own switch picks among those that the processor has."""
-    names = "region_pool_equals or picks_the_same_seeds or kmeans_equals or mask_pool_and_its"
+    names = "region_pool_equals or chooses_the_seeds or kmeans_equals or mask_pool_and_its"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", f"cpu and ({names})", __file__]
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))  # make sanitize's build comes first
     env = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": path}
