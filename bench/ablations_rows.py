@@ -12,7 +12,7 @@ class Row(NamedTuple):
     rates: str = "r2o"  # key in SWEPT: whose learning rate it takes
 
 
-# The paper's K / 4, but at least 6. DetCon's own prior finds one segment at 64 pixels: SLIC, 5 on average, replaces it.
+# The paper's K / 4, but at least 6. DetCon's own prior finds 1.3 segments at 64 pixels: SLIC, 5 on average, instead.
 BASE = "--arch tiny --size 64 --batch-size 128 --hidden 512 --dim 64 --k-start 32 --k-end 6"
 FIXED, DETCON = "--schedule constant --k-start", "--objective detcon --masks"
 ODIN = f"{DETCON} odin --prior grid --kmeans-group 1 {FIXED} 5 --discovery-tau 0.99"

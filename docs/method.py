@@ -226,8 +226,8 @@ about(32 * 32 / count, 13)
 #
 # $$\min_{\mu} \sum_i \min_k \lVert p_i - \mu_k \rVert^2$$
 #
-# m holds, for each cell of C4, the id of the center nearest to its features x, divided by their length like p. Since |x - mu|² = |x|² -
-# 2 (x mu - |mu|² / 2), this is the center with the largest score:
+# m holds, for each cell of C4, the id of the center nearest to its features x, once these are divided by their length, like p. Since
+# |x - mu|² = |x|² - 2 (x mu - |mu|² / 2), this is the center with the largest score:
 #
 # ```python
 # scores = x @ mu.mT / length - mu.square().sum(-1)[:, None] / 2  # (G, N, K)

@@ -312,7 +312,7 @@ def test_with_masks_prior_each_region_is_a_mask_and_nothing_is_clustered(monkeyp
 
 
 @pytest.mark.parametrize("flags, K", [("--prior grid", 196), ("--prior slic --segments 20", 20)])
-def test_table_4_without_mask_prediction_has_one_cluster_per_segment(photos, tmp_path, flags, K):
+def test_table_4_without_mask_prediction_takes_k_from_the_number_of_segments(photos, tmp_path, flags, K):
     """K also scales the learning rate, and does not change."""
     flags = [*SMALL, *flags.split(), *"--masks prior --epochs 2 --lr-k 16 --batch-size 6 --workers 0".split()]
     train.main(["--data", str(photos), "--out", str(tmp_path), *flags])

@@ -109,7 +109,7 @@ def data(photos, tmp_path_factory):
     return ImageRegions(images, maps, header, size=64)
 
 
-def test_a_view_is_the_crop_and_flip_that_its_box_and_flip_name(data):
+def test_a_view_is_the_crop_that_its_box_names_before_mirroring(data):
     """Cropping the image by the box gives the view, mirrored later, on the device."""
     for i in range(8):
         sample = data[0, i]
@@ -215,7 +215,7 @@ def test_an_image_of_one_pixel_gives_a_sample(tmp_path):
     assert sample["num_regions"] == sample["regions"].max() + 1
 
 
-def test_the_two_views_draw_separate_color_factors(data):
+def test_the_two_views_have_their_own_blur_and_solarization(data):
     """The first view is always blurred and never solarized, the second seldom blurred. A.1."""
     factors = torch.stack([data[epoch, i]["factors"] for epoch in range(4) for i in range(len(data))])  # (n, 2, 11)
     assert (factors[:, 0, 9] > 0).all() and (factors[:, 0, 10] == 0).all()

@@ -124,7 +124,7 @@ def test_a_run_measures_and_prints_priors_and_masks(pairs, tmp_path, capsys):
     assert width == 820 and height == 440 and np.asarray(Image.open(png).convert("L")).std() > 5
 
 
-def test_masks_equal_to_the_truth_have_overlap_1(pairs, tmp_path, monkeypatch):
+def test_region_masks_of_a_prior_that_is_the_truth_overlap_as_well_as_it(pairs, tmp_path, monkeypatch):
     """Where the prior is the truth, the region masks of as many clusters are too; at a quarter of the resolution."""
     truth = {}
     for path in sorted((pairs / "masks").iterdir()):
@@ -178,7 +178,7 @@ def test_only_the_objects_of_a_trimap_count(pairs, tmp_path, refused):
     assert found["objects"] == plain["objects"] == 12 and rows == want
 
 
-def test_groups_are_random_and_defaults_are_printed(pairs, tmp_path, monkeypatch):
+def test_groups_are_random_and_k_is_128_64_16_4_by_default(pairs, tmp_path, monkeypatch):
     """Files side by side are often of one class: training, and so this, mixes them."""
     seen = []
     monkeypatch.setattr(abo.Truth, "__getitem__", lambda self, i, f=abo.Truth.__getitem__: seen.append(i) or f(self, i))
@@ -235,7 +235,7 @@ def test_a_folder_of_checkpoints_gives_a_curve_at_each_checkpoint_s_k(pairs, fin
     assert png.exists()
 
 
-def test_masks_of_the_target_network_equal_those_of_training(pairs, finished, tmp_path, refused):
+def test_network_target_loads_the_target_encoder(pairs, finished, tmp_path, refused):
     """In last.pth, and beside the online network in epoch_*.pth; r2o.pth has none."""
     out, data = finished[0], ["--data", pairs / "images", pairs / "masks", "-k", 3]
     network, device = ("--network", "target"), torch.device("cpu")

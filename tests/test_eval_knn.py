@@ -151,7 +151,7 @@ def test_features_are_mean_c5_of_the_center_crop(colors):
     assert labels.tolist() == [data[i][1] for i in range(1, 18, 3)]
 
 
-def test_classes_are_the_training_folders_that_contain_images(colors, tmp_path):
+def test_val_may_lack_classes_and_empty_folders_are_none(colors, tmp_path):
     """val may lack classes; empty folders are none, whatever their name; every suffix that training reads is read."""
     val = tmp_path / "val"
     shutil.copytree(colors / "val" / "red", val / "red")

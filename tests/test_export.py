@@ -158,7 +158,7 @@ def test_torch_hub_loads_the_same_features(ours):
         ("x.pkl", b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x00"),  # bytes longer than the memory
     ],
 )
-def test_unknown_files_are_refused_in_one_line(tmp_path, name, content):
+def test_unknown_files_are_refused(tmp_path, name, content):
     path = tmp_path / name
     if name == "x.pth":
         torch.save(content, path)

@@ -268,7 +268,7 @@ def test_a_run_without_a_loadable_checkpoint_does_not_start_over(photos, copy, r
     assert (copy / "last.pth").exists()
 
 
-def test_a_full_disk_costs_neither_the_previous_checkpoint_nor_the_run(photos, finished, tmp_path):
+def test_a_run_finishes_even_if_no_checkpoint_fits_on_the_disk(photos, finished, tmp_path):
     """A limit on the size of files stands for the disk: last.pth does not fit, the rest does."""
     out = tmp_path / "out"
     size = (finished[0] / "last.pth").stat().st_size
@@ -448,7 +448,7 @@ def test_a_collapse_is_reported(photos, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "log.jsonl").read_text())["spread"] < 1e-3
 
 
-def test_each_alarm_has_one_symptom():
+def test_each_symptom_raises_one_alarm():
     fine = {"spread": 0.8, "pairs": 5.0, "K": 4, "largest": 0.4, "skipped": 0}
     assert report.alarms(fine) == []
     for sign in ({"spread": 0.01}, {"pairs": 0.0}, {"largest": 0.99}, {"skipped": 2}):

@@ -161,7 +161,7 @@ def test_autocast_does_not_change_the_masks():
         assert torch.equal(through(model(), c4, regions, 6), want)
 
 
-def test_predict_masks_runs_the_given_number_of_iterations():
+def test_kmeans_iters_reaches_k_means():
     c4, regions = torch.rand(2, 8, 8, 8, generator=rng()), r2o.grid_regions(4, 16).expand(2, -1, -1)
     masks = [through(model(kmeans_iters=i), c4, regions, 4) for i in (0, 1, 20)]
     assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
@@ -169,7 +169,7 @@ def test_predict_masks_runs_the_given_number_of_iterations():
 
 @pytest.mark.parametrize("assign", ["pixel", "region"])
 @pytest.mark.parametrize("value", [math.inf, math.nan, 0.0])
-def test_a_zero_or_non_finite_cell_does_not_affect_others(assign, value):
+def test_a_zero_or_non_finite_cell_does_not_break_the_clustering(assign, value):
     """One such feature cell would otherwise make every center of its group NaN."""
     c4, regions = torch.rand(4, 8, 8, 8, generator=rng()), r2o.grid_regions(4, 16).expand(4, -1, -1)
     want = through(model(assign=assign), torch.cat([c4[:3], c4[2:3]]), regions, 4)

@@ -312,7 +312,7 @@ def test_kmeans_under_autocast_on_a_gpu():
     assert all(torch.equal(a, b) for a, b in zip(got, ops.kmeans(*case), strict=True))
 
 
-def test_fake_ops_support_symbolic_shapes():
+def test_fake_mask_pool_supports_symbolic_shapes():
     """P of a nonzero() that torch.compile has not run."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv

@@ -64,7 +64,7 @@ def test_images_are_counted_by_top_level_folder(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGB"])
-def test_a_label_among_the_photographs_is_warned_about(tmp_path, capsys, mode):
+def test_labels_among_the_photographs_are_warned_about(tmp_path, capsys, mode):
     fill(tmp_path / "images/train", 9, photo, ".jpg")
     fill(tmp_path / "labels/train", 9, lambda i: label(i, mode))
     _, err = said_of(tmp_path, capsys)

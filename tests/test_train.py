@@ -258,7 +258,7 @@ def test_prepare_computes_the_maps_and_exits(photos, tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["regions.json", "regions.npy"]
 
 
-def test_a_dry_run_prints_time_and_memory_and_writes_nothing(photos, tmp_path, capsys):
+def test_a_dry_run_prints_the_plan_and_the_time_and_writes_nothing(photos, tmp_path, capsys):
     train.main(["--data", str(photos), "--out", str(tmp_path / "out"), *SMALL, "--dry-run", "--accum", "2"])
     said = capsys.readouterr().out
     assert "12 in a, 12 in b\n3 epochs of 3 steps, 9 in all" in said
@@ -316,7 +316,7 @@ def test_estimating_memory_has_no_side_effects():
     assert same(before, dict(model.state_dict()))
 
 
-def test_the_memory_estimate_matches_what_a_step_allocates():
+def test_the_memory_estimate_matches_weights_and_saved_activations():
     """Against a count of all storage alive after the forward pass, at another number of images."""
     model = r2o.R2O("resnet18", hidden=64, dim=32)
     alive = {}

@@ -48,7 +48,7 @@ def test_the_fcn_follows_a_2(arch, width, monkeypatch):
         assert dropped == [(0.1, True)]
 
 
-def test_a_dilated_stage_has_the_original_outputs_at_every_other_cell():
+def test_a_dilated_block_has_the_original_outputs_at_every_other_cell():
     """At stride 1 with dilation 2, every other cell of conv5's output is what it was (its first block apart)."""
     torch.manual_seed(0)
     block = r2o.build_encoder("resnet18").eval().layer4[1]
@@ -63,7 +63,7 @@ def test_a_dilated_stage_has_the_original_outputs_at_every_other_cell():
         torch.testing.assert_close(block(spread)[..., ::2, ::2], before)
 
 
-def test_mask_rcnn_trains_all_weights_and_normalizes_every_convolution():
+def test_mask_rcnn_trains_all_weights_and_normalizes_backbone_fpn_and_mask_head():
     """With Detectron2's number of proposals and adaptive sampling."""
     net = detect.mask_rcnn(r2o.build_encoder("resnet50"), 80, 256)
     assert (
@@ -700,7 +700,7 @@ def test_masks_of_0_and_255_are_not_mistaken_for_void_objects(own, tmp_path, ref
     assert "all labels to evaluate on are void: 255" in refused_segment(*flags)
 
 
-def test_a_class_without_labels_is_reported_and_not_averaged(own, tmp_path, capsys):
+def test_a_class_without_labels_is_reported(own, tmp_path, capsys):
     (own / "names.txt").write_bytes("ground\r\nsoup\r\nspoon\r\n".encode("utf-8-sig"))
     flags = [*SEGMENT, "--data", own, "--out", tmp_path, *OWN, "--classes", own / "names.txt"]
     segment.main([str(f) for f in flags])

@@ -162,7 +162,7 @@ void record(Memory& m, const char* p, size_t bytes, Access kind) {
   const size_t first = (p - m.begin) / m.unit, count = bytes / m.unit;
   for (size_t i = first; i < first + count; ++i) {
     Word& word = m.words[i];
-    const int since = m.shared ? blocks_run : launches;  // earlier launches are ordered, other blocks' memory unknown
+    const int since = m.shared ? blocks_run : launches;  // earlier launches are ordered, other blocks' shared memory unknown
     if (word.since != since) word = {}, word.since = since;
     if (m.shared && kind != Access::write && !word.filled) return fail("shared memory is read before it is written");
     const bool both_atomic = kind == Access::atomic && word.atomic;
