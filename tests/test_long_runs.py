@@ -477,7 +477,7 @@ def test_torchrun_resumes_after_a_worker_was_killed(photos, tmp_path):
 
 @pytest.mark.slow
 def test_two_nodes_train_together_and_one_resumes_alone(photos, tmp_path):
-    """Two torchruns that meet at a rendezvous, as on two machines; one is lost, with all its distributed."""
+    """Two torchruns that meet at a rendezvous, as on two machines; one is lost, with all its processes."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]

@@ -842,7 +842,7 @@ DETECT = "--ckpt random --arch tiny --size 64 --batch-size 2 --workers 0 --lr 0.
 
 @pytest.fixture
 def few_boxes(monkeypatch):
-    """A detector that trains on fewer proposals and finds fewer objects: three times as fast."""
+    """A detector that trains on fewer proposals and finds fewer objects: twice as fast."""
 
     def build(*settings):
         net = mask_rcnn(*settings)
