@@ -12,6 +12,7 @@ SLIC prior. Objects and backgrounds are light or dark at random; only objects ar
 
 import runtime  # isort: skip  # noqa: F401  (says what is not installed)
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -172,8 +173,7 @@ def print_table(table: dict[str, np.ndarray]):
     print(f"{'':16s} {'foreground IoU':>16s} {'best overlap of':>16s} {'best overlap of':>16s}")
     print(f"{'':16s} {'(Table 3, K = 5)':>16s} {f'pixel masks, K={K_END}':>16s} {f'region masks, K={K_END}':>16s}")
     for name, rows in table.items():
-        pairs = zip(rows.mean(0), rows.std(0), strict=True)
-        cells = [f"{x:.3f} ± {spread:.3f}" if len(rows) > 1 else f"{x:.3f}" for x, spread in pairs]
+        cells = [f"{statistics.fmean(x):.3f}" + (f" ± {statistics.stdev(x):.3f}" if len(x) > 1 else "") for x in rows.T]
         print(f"{name:16s} " + " ".join(f"{cell:>16s}" for cell in cells))
 
 

@@ -99,7 +99,7 @@ def footer(done: Done, swept: Done, runs: int, images: int) -> list[str]:
     hours = sum(run.epochs * images / x["last epoch"]["images/s"] / 3600 for run, x in done.items() if run.epochs)
     about = sorted({f"{x['hardware']}, torch {x['versions']['torch']}" for x in (done | swept).values()})
     said = f"{len(done)} of {runs} runs after the sweep are finished; they took {hours:.1f} hours, one by one"
-    return [*lines, f"{said}; hardware: {'; '.join(about) or 'none yet'}.", ""]
+    return [*lines, f"{said}; hardware: {'; '.join(about) or 'none yet'}."]
 
 
 def write(results: Path, doc: Path):
@@ -109,7 +109,7 @@ def write(results: Path, doc: Path):
     swept = finished(rows.sweep_runs(), results, data)
     runs = rows.programme(rows.choose(swept))
     done = finished(runs, results, data)
-    lines = [BEGIN, "", *sweep_table(swept)]
+    lines = sweep_table(swept)
     longer = dict.fromkeys(rows.LONGER, "")
     tables = [(title, rows.SHORT, paper) for title, paper in rows.TABLES.items()] + [("Longer", rows.LONG, longer)]
     for title, epochs, paper in tables:
@@ -121,9 +121,13 @@ def write(results: Path, doc: Path):
         if shown := [row for row in names if differences(row, epochs, "k-NN", done)]:
             plot(epochs, shown, done, path)
             lines += [f"![Paired differences to R2O after {epochs} epochs, a dot per seed]({path.name})", ""]
-    lines += [*footer(done, swept, len(runs), int(data["images"].split(",")[0])), END]
-    text = doc.read_text() if doc.exists() else f"# Ablations\n\n{BEGIN}\n{END}\n"
-    before, begin, rest = text.partition(BEGIN)
+    lines += footer(done, swept, len(runs), int(data["images"].split(",")[0]))
+    insert(doc, BEGIN, lines)
+
+
+def insert(doc: Path, begin: str, lines: list[str]):
+    """Put lines between the mark `begin` and the next END of the document; a new document has only these."""
+    before, found, rest = (doc.read_text() if doc.exists() else f"# Ablations\n\n{begin}\n{END}\n").partition(begin)
     _, end, after = rest.partition(END)
-    need(begin and end, f"{doc} lacks the lines {BEGIN} and {END}: put them where the tables belong")
-    doc.write_text(before + "\n".join(lines) + after)
+    need(found and end, f"{doc} lacks the lines {begin} and {END}: put them where the tables belong")
+    doc.write_text("\n".join([before + begin, "", *lines, "", END]) + after)

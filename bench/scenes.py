@@ -1,0 +1,89 @@
+"""Which parts of the method matter on the scenes of demo.py: the second part of docs/ablations.md.
+
+    python bench/scenes.py      # trains and measures the rows that are missing; 12 minutes of one core each
+
+Writes the figures of every row to bench/results/scenes.json, and the table. Rerun the same command to resume.
+"""
+
+import concurrent.futures
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from ablations import ROOT, machine
+from ablations_doc import insert, summary
+
+from runtime import cli, distributed
+from runtime.cli import need
+from runtime.storage import make_folder, write_json
+
+SEEDS = (0, 1, 2)
+MEASURES = ("foreground IoU", "overlap, K = 6, pixel", "overlap, K = 6, region")  # the columns of demo.json
+FULL, FIXED = "R2O, K = 32 → 6", "--schedule constant --k-start"
+ROWS = {  # flags of train.py, after demo.py's own
+    FULL: "",
+    "masks of SLIC": "--masks prior",
+    "fixed K = 40": f"{FIXED} 40",
+    "fixed K = 16": f"{FIXED} 16",
+    "fixed K = 6": f"{FIXED} 6",
+    "BYOL": f"{FIXED} 1 --k-end 1",
+    "R2O, learning rate x K / 16": "--lr-k 16",
+    "fixed K = 40, learning rate x 40 / 16": f"{FIXED} 40 --lr-k 16",
+    "fixed K = 6, learning rate x 6 / 16": f"{FIXED} 6 --lr-k 16",
+    "R2O, every image clustered by itself": "--kmeans-group 1",
+}
+BEGIN = "<!-- written by bench/scenes.py -->"
+
+
+def measure(row: str, out: Path) -> dict:
+    """Train a row with every seed and measure it, one thread; demo.py's output goes to a log."""
+    folder = make_folder(out / "-".join(row.replace("/", " ").split()))
+    program = [sys.executable, "demo.py", "--out", str(folder), "--seeds", *map(str, SEEDS), *ROWS[row].split()]
+    with open(folder / "log.txt", "ab") as log:
+        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        status = subprocess.run(program, cwd=ROOT, env=env, stdout=log, stderr=log).returncode
+    need(status == 0, f"demo.py ended with status {status}, {folder}/log.txt says why")
+    figures = json.loads((folder / "demo.json").read_text())
+    return {"flags": ROWS[row], "hardware": machine("cpu"), "torch": torch.__version__, "figures": figures}
+
+
+def table(results: dict[str, dict]) -> list[str]:
+    """Markdown: means ± sample standard deviations; the differences are paired by seed."""
+    lines = [f"| | flags | {' | '.join(MEASURES)} | foreground IoU − R2O's |", "|---" * 6 + "|"]
+    rows = {row: (results[row]["flags"], results[row]["figures"]["trained encoder"]) for row in ROWS if row in results}
+    rows["untrained, batch norm calibrated"] = ("", results[FULL]["figures"]["random encoder"])
+    for row, (flags, runs) in rows.items():
+        cells = [row, f"`{flags}`" if flags else "", *(summary(list(x), 3) for x in zip(*runs, strict=True))]
+        pairs = [a[0] - b[0] for a, b in zip(runs, rows[FULL][1], strict=True)]
+        lines.append(f"| {' | '.join(cells)} | {'' if row == FULL else summary(pairs, 3, '+')} |")
+    prior = [f"{statistics.fmean(x):.3f}" for x in zip(*results[FULL]["figures"]["SLIC prior"], strict=True)]
+    return [*lines, f"| SLIC itself | | {' | '.join(prior)} | |"]
+
+
+def main():
+    p = cli.Parser(__doc__)
+    p.add_argument("--out", type=Path, default=Path("out/scenes"), help="folder for the runs")
+    results = "the figures of every row"
+    p.add_argument("--results", type=Path, default=ROOT / "bench/results/scenes.json", help=results)
+    p.add_argument("--doc", type=Path, default=ROOT / "docs/ablations.md", help="document that gets the table")
+    p.add_argument("--jobs", type=cli.count, default=distributed.cores(), help="rows at a time")
+    args = p.parse_args()
+    out, file = args.out.absolute(), args.results.absolute()
+    done = json.loads(file.read_text()) if file.exists() else {}
+    done = {row: x for row, x in done.items() if x["flags"] == ROWS.get(row)}
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        jobs = {pool.submit(measure, row, out): row for row in ROWS if row not in done}
+        for job in cli.bar(concurrent.futures.as_completed(jobs), "rows", total=len(jobs)):
+            done[jobs[job]] = job.result()
+            write_json(file, {row: done[row] for row in ROWS if row in done})
+    insert(args.doc, BEGIN, table(done))
+
+
+if __name__ == "__main__":
+    cli.run("scenes.py", main)
