@@ -49,10 +49,10 @@ def evaluate(args) -> int:
     args.json = args.json or free_name("eval_cub")
     need_writable(args.json, args.vis)
     pairs, read = open_masks(args)
-    device = distributed.place()[2]
+    device = distributed.place().device
     squares = square_batches([image for image, _ in pairs], args.size)
     encoder, line = calibrated_encoder(args.ckpt, args.arch, squares, device)
-    print(f"{line}; {cli.ops(device)}", flush=True)
+    print(f"{line}; {cli.describe_ops(device)}", flush=True)
     scores, shown, show = [], [], evenly(len(pairs), 8) if args.vis else []
     results = common.segmented(encoder, pairs, args.k, args.layer, args.size, device, read, args.kmeans_seeds)
     for i, result in enumerate(cli.bar(results, "segmenting", len(pairs), unit="img")):
@@ -75,7 +75,7 @@ def evaluate(args) -> int:
     task = f"{args.data[0].name}, K = {args.k}, n = {means['n']}"
     paper = "mIoU 0.716 (Table 3, ReDO's 1,000 images of CUB)"
     print(f"results: {args.json}")
-    print(table_row(task, line, ours, paper, its_data=split != "all" and is_cub(args.data[0])), flush=True)
+    print(table_row(task, line, ours, paper, is_papers_data=split != "all" and is_cub(args.data[0])), flush=True)
     protocol = {"layer": args.layer, "size": args.size, "K": args.k, "split": split, "matching": "by the truth"}
     means |= {"K-means seeds": args.kmeans_seeds, "standard deviations": spread}
     about = {"ckpt": args.ckpt, "encoder": line, "data": [str(d) for d in args.data]}

@@ -7,7 +7,7 @@ def encoder(ckpt: str, arch: str | None = None):
     """A torchvision ResNet in eval mode with r2o.pth's weights, whose fc is the identity, or a ViT that gives the mean
     of its patch tokens: (B, 3, h, w) -> (B, C).
 
-    ckpt: r2o.pth, or any file that runtime.weights.read_weights reads. arch: what it holds (default: it tells).
+    ckpt: r2o.pth, or any file that runtime.weights.read_weights reads. arch: its encoder (default: as it says).
     """
     import torch
     from torchvision.models import get_model

@@ -3,13 +3,13 @@
     prior -> mask prediction -> masks in views -> networks -> R2O -> losses -> LARS -> schedule -> views
 
 Each step, R2O (1) pools the target network's C4 features over small superpixels, clusters these region embeddings with
-K-means and so predicts a mask for every image, and (2) trains the online network, BYOL-style, so that the features
+K-means and so divides every image into masks, and (2) trains the online network, BYOL-style, so that the features
 pooled inside each mask agree between two augmented views. K falls from 128 to 4: regions first, objects later.
 
-Mostly the paper's letters; shapes are trailing comments.
+Letters are mostly the paper's. Trailing comments give shapes.
 
     B C H W   batch, channels, feature-map height and width        G N D   K-means problems, points in each, dimensions
-    R K P     regions per image, clusters now, (image, mask) pairs h w     height and width of a label map, in pixels
+    R K P     regions per image, clusters, (image, mask) pairs     h w     height and width of a label map, in pixels
 
 This file opens no file and prints nothing. train.py is the training loop, runtime/ reads and writes files.
 """
@@ -113,7 +113,7 @@ def predict_masks(
     iters: int = 20,
     ranks_per_group: int = 1,
 ) -> Tensor:
-    """The mask m of every image, from K-means of its regions' C4 embeddings. Sec. 3.1, Eq. (3).
+    """The label map m of every image (the paper's mask), from K-means of its regions' C4 embeddings. Sec. 3.1, Eq. (3).
 
     c4: (B, C, H, W). regions: (B, h, w), ids below num_regions. uniforms: (G, K, T) from seeding_uniforms(), for G
     groups of images, each clustered together in at most `iters` iterations. ranks_per_group: ranks that share a group.
@@ -353,8 +353,8 @@ class R2O(nn.Module):
         Returns the loss, whose average over ranks (as DDP takes) is the mean over all pairs, and scalars to watch.
         """
         B, K = len(images), self.num_regions if self.masks == "prior" else num_clusters
-        uniforms, ranks_per_group = self.seeds(B, 1 if self.masks == "prior" else K, generator)
-        uniforms = send(uniforms, images.device)
+        uniforms, ranks_per_group = self.draw_uniforms(B, 1 if self.masks == "prior" else K, generator)
+        uniforms = copy_to_device(uniforms, images.device)
 
         # Mask prediction (Sec. 3.1, Eq. (1)). On a GPU this runs on a side stream, overlapping the online forward pass;
         # with SyncBatchNorm, where the host waits in each layer, only K-means overlaps.
@@ -388,7 +388,7 @@ class R2O(nn.Module):
             z = self.target["projector"](pool_pairs(c5, weights, pairs))  # (2P, dim)
         return byol_loss(q, z.roll(len(pairs), 0)), len(pairs), z
 
-    def seeds(self, B: int, K: int, generator: torch.Generator | None) -> tuple[Tensor, int]:
+    def draw_uniforms(self, B: int, K: int, generator: torch.Generator | None) -> tuple[Tensor, int]:
         """K-means' random numbers for this rank's groups (G, K, T), and how many ranks share a group."""
         rank, world = rank_and_world()
         groups, ranks = kmeans_groups(B, world, self.kmeans_group)
@@ -396,7 +396,7 @@ class R2O(nn.Module):
         return uniforms[rank // ranks * groups :][:groups], ranks
 
 
-def send(x: Tensor, device: torch.device) -> Tensor:
+def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
     """Copy x to the device without making the host wait, as a copy of more than 64 KB of unpinned memory would."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
@@ -534,8 +534,9 @@ def num_clusters(
 ) -> int:
     """K(t): k_start up to hold_epochs, then down (or up, if k_end is larger) to k_end at t = epochs. Eq. (A1).
 
-    schedule: "cosine", "linear", or "constant" (k_start throughout). The paper's settings give 128 up to epoch 40 and
-    119, 74, 4 at 100, 200, 300 (Fig. 5). differs: as printed, Eq. (A1) ends at K = 103.
+    epoch: counted from 1. schedule: "cosine", "linear", or "constant" (k_start throughout); ValueError for others, and
+    for k_start or k_end below 1. The paper's settings give 128 up to epoch 40 and 119, 74, 4 at 100, 200, 300 (Fig. 5).
+    differs: as printed, Eq. (A1) ends at K = 103.
     """
     if min(k_start, k_end) < 1:
         raise ValueError(f"k_start and k_end must be at least 1, got {k_start} and {k_end}")
@@ -593,8 +594,8 @@ class Schedule:
 
 
 def resize(image: Tensor, size: int) -> Tensor:
-    """A whole image (3, h, w) uint8 -> (3, size, size), ignoring its aspect ratio. Works on (h, w, 3) memory,
-    the decoders' layout, which spares PyTorch the repacking, a third of the time."""
+    """A whole image (3, h, w) uint8 -> (3, size, size), ignoring its aspect ratio. It works on (h, w, 3) memory,
+    the decoders' layout: repacking would take a third of the time."""
     x = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
     return F.interpolate(x, (size, size), mode="bicubic", antialias=True)[0]
 
@@ -611,8 +612,8 @@ def draw_crop(rng: np.random.Generator, h: int, w: int) -> tuple[int, int, int, 
     return (h - ch) // 2, (w - cw) // 2, ch, cw
 
 
-# Strength of brightness, contrast, saturation and hue jitter; probabilities of blurring and of solarizing each view:
-# of A.1, and SimCLR (arXiv 2002.05709).
+# Of A.1 and of SimCLR (arXiv 2002.05709): strengths of brightness, contrast, saturation and hue jitter; probability of
+# blurring view 1 and view 2; the same for solarizing.
 POLICIES = {
     "byol": ((0.4, 0.4, 0.2, 0.1), (1.0, 0.1), (0.0, 0.2)),
     "simclr": ((0.8, 0.8, 0.8, 0.2), (0.5, 0.5), (0.0, 0.0)),

@@ -40,7 +40,7 @@ class Contrastive(r2o.R2O):
         c5 = self.encode(self.online["encoder"], views)  # (2B, C, H, W)
         with side:
             weights = hard_masks(m, boxes, flips, K, c5.shape[-1])  # (2B, K, H, W)
-            ids = r2o.masks_at(weights.sum((2, 3)), r2o.send(uniforms, m.device))  # (2B, samples)
+            ids = r2o.masks_at(weights.sum((2, 3)), r2o.copy_to_device(uniforms, m.device))  # (2B, samples)
             view = torch.arange(2 * B, device=m.device)[:, None].expand_as(ids)
             rows = torch.stack([view, ids], 2).flatten(0, 1)  # (2P, 2)
             names = ((rank * B + view % B) * K + ids).view(2, -1)  # (2, P): of image and mask

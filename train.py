@@ -57,12 +57,8 @@ def parse_args(argv=None):
     add("--dry-run", action="store_true", help="print the plan, time a few steps, write nothing")
     add = p.add_argument_group("training (A.1)").add_argument
     add("--arch", default="resnet50", choices=r2o.ARCHS, help="resnet18 for small data, tiny for up to 100 pixels")
-    add(
-        "--objective",
-        default="byol",
-        choices=("byol", "detcon", "ntxent"),
-        help="loss; the others are of Table 1 and A.4",
-    )
+    objectives = ("byol", "detcon", "ntxent")
+    add("--objective", default="byol", choices=objectives, help="loss; the others are of Table 1 and A.4")
     add("--epochs", type=count, default=300, help="passes over the data; raise for small data")
     add("--batch-size", type=count, default=4096, help="images per step, over all processes; lower for small data")
     add("--accum", type=count, default=1, metavar="N", help="micro-batches per step; raise to fit the memory")
@@ -78,7 +74,7 @@ def parse_args(argv=None):
     bf16 = "of the networks; default: bfloat16 on GPUs; it also speeds up CPUs with avx512_bf16 or amx_bf16"
     add("--precision", choices=("float32", "bfloat16"), help=bf16)
     add("--compile", action="store_true", help="compile the encoders with torch.compile; --dry-run shows if it helps")
-    add("--changed", action="store_true", help="allow another --lr, --lr-k, --weight-decay or --tau than before")
+    add("--changed", action="store_true", help="allow other --lr, --lr-k, --weight-decay and taus than before")
     add = p.add_argument_group("masks (Sec. 3.1, 3.3)").add_argument
     masks = "where masks come from; prior: the regions themselves (Table 4); odin: A.9, with --discovery-tau"
     add("--masks", default="predicted", choices=("predicted", "prior", "odin"), help=masks)
@@ -87,10 +83,15 @@ def parse_args(argv=None):
     add("--segments", type=count, default=100, help="superpixels that SLIC aims for; lower for small images")
     add("--k-start", type=count, default=128, help="initial clusters; lower for small K-means groups")
     add("--k-end", type=count, default=4, help="clusters at the end; above --k-start for a rising schedule")
-    add("--hold-epochs", type=natural, help="epochs at --k-start (default: 40 of 300; COCO: 8)")
+    add("--hold-epochs", type=natural, help="epochs at --k-start (default: 40/300 of --epochs; the paper on COCO: 8)")
     add("--schedule", default="cosine", choices=("cosine", "linear", "constant"), help="how K changes (A.6, Table 9)")
     add("--kmeans-group", type=count, default=32, help="images clustered together, at most; 1: each alone")
-    add("--assign", default="pixel", choices=("pixel", "region"), help="what is assigned; region: sharper outlines")
+    add(
+        "--assign",
+        default="pixel",
+        choices=("pixel", "region"),
+        help="what gets a cluster; region: the prior's outlines",
+    )
     add("--discovery-tau", type=number(float, 0, 1), help="momentum of the network that draws Odin's masks")
     args = p.parse_args(argv)
     args.hold_epochs = round(args.epochs * 40 / 300) if args.hold_epochs is None else args.hold_epochs
@@ -118,11 +119,11 @@ def open_images(args) -> ImageList:
     """The images, after a check that the flags suit their number."""
     images = list_images(args.data, args.subset)
     part = args.batch_size // args.accum
-    if distributed.place()[0] == 0:
+    if distributed.place().rank == 0:
         print_images(images)
         plan.check_cells(args)
     plan.check_batches(args, images, len(images), 14**2 if args.prior == "grid" else 256)
-    if distributed.place()[0] == 0:
+    if distributed.place().rank == 0:
         if part < min(args.kmeans_group, args.batch_size):
             cli.warn(f"--accum limits K-means to the {part} images of a micro-batch")
         if args.accum > 1 and args.objective != "byol":
@@ -177,7 +178,7 @@ def build(args, num_regions: int) -> tuple[r2o.R2O, nn.Module, r2o.LARS]:
     model = kind(args.arch, num_regions, args.kmeans_group, masks=masks, **settings)
     model = distributed.to_device(model).to(memory_format=torch.channels_last)
     optimizer = r2o.LARS([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=args.weight_decay)
-    several = distributed.place()[1] > 1
+    several = distributed.place().world > 1
     ddp = DistributedDataParallel(model, broadcast_buffers=False) if several else model
     return model, ddp, optimizer
 
@@ -267,7 +268,7 @@ def train(args, signals: distributed.StopSignals) -> int:
     steps = range(progress.step, schedule.steps)
     order = Batches(len(data), args.batch_size, steps, args.seed, rank, world, args.accum)
     batches = copy_ahead(load_batches(data, order, args.workers, device), device)
-    report.start(f"{args.arch} on {world} x {device.type}, {cli.ops(device)}", data, progress.step)
+    report.start(f"{args.arch} on {world} x {device.type}, {cli.describe_ops(device)}", data, progress.step)
 
     for step in steps:
         k, lr, tau = schedule(step)
@@ -323,7 +324,7 @@ def check_readable(record: dict, schedule: r2o.Schedule):
 def prepare(args) -> int:
     """Compute the region maps and exit."""
     data = open_data(args, open_images(args), args.regions)
-    if distributed.place()[0] == 0:
+    if distributed.place().rank == 0:
         print(f"{args.regions}: {data}")
     return 0
 
@@ -367,10 +368,9 @@ def dry_run(args) -> int:
     if rank == 0:
         speed = n * world / median
         whole = plan.duration(schedule.steps * args.batch_size / speed)
-        took = (
-            f"3 steps of {n * world} of {args.batch_size} images took {median:.3g} s each ({least:.3g} to {most:.3g})"
-        )
-        print(f"{took} on {world} x {device.type}, {cli.ops(device)}: {speed:.4g} images/s, {whole} in all")
+        took = f"3 steps of {n * world} of {args.batch_size} images took {median:.3g} s each"
+        took += f" ({least:.3g} to {most:.3g})"
+        print(f"{took} on {world} x {device.type}, {cli.describe_ops(device)}: {speed:.4g} images/s, {whole} in all")
         if device.type == "cuda":
             print(f"peak memory of rank 0: {plan.size_of(torch.cuda.max_memory_allocated(device))}")
     return 0

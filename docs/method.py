@@ -21,9 +21,9 @@
 # the encoder of sections 2 to 8 is [weights/tiny.pth](weights.md#weightstinypth), trained at 64 pixels.
 #
 # There are two networks: the *online* network is trained; the *target* network, a slow average of it, predicts the masks and
-# provides the features to predict. Each has an encoder, of which two stages are used, C4 and C5 (strides 16 and 32 in a ResNet,
-# 4 and 8 here), followed by a projector, a small MLP. k-NN accuracy is that of classifying each image by the labels of those with
-# the most similar features. BYOL is the method that compares whole views; DetCon compares fixed masks. Tables, figures and A.n are those of
+# provides the targets of the loss. Each has an encoder, of which two stages are used, C4 and C5 (strides 16 and 32 in a ResNet,
+# 4 and 8 here), followed by a projector, a small MLP. k-NN accuracy is the share of images that the labels of their nearest neighbors
+# in feature space classify correctly. BYOL is the method that compares whole views; DetCon compares fixed masks. Tables, figures and A.n are those of
 # the paper ([arXiv 2208.11821](https://arxiv.org/abs/2208.11821)), and so are most letters:
 #
 # | here | code | shape | |
@@ -259,7 +259,7 @@ about(masks_per_image(masks[4]), 3.2)
 #
 # ## 4. A group shares its clusters
 #
-# The 32 images are a group (`kmeans_group`). The paper names efficiency as the reason; the loss compares nothing across images.
+# The 32 images form a group (`kmeans_group`). The paper clusters them together for efficiency; the loss never compares one image with another.
 #
 # ```python
 # p, valid = (in_groups(x, len(uniforms)).flatten(1, 2) for x in (p, valid))  # (G, N, C), (G, N)
@@ -538,7 +538,7 @@ about_training(losses[-1][1], 1.33)
 # ```
 #
 # See [num_clusters](../r2o.py#L532). The formula that the paper prints, Eq. (A1), ends at K = 103; this one agrees with its Fig. 5.
-# [Schedule](../r2o.py#L565) gives K, learning rate and tau of every step.
+# [Schedule](../r2o.py#L566) gives K, learning rate and tau of every step.
 
 # %%
 paper = r2o.Schedule(steps_per_epoch=1_281_167 // 4096)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import r2o
 from evals.coco import decode, load_coco
@@ -46,7 +46,7 @@ def parse_args(argv):
     p = cli.Parser(__doc__)
     add_encoder_flags(p)
     add_truth_flags(p, "; or one of images and a COCO instances JSON")
-    ks = "clusters (default: 128 64 16 4, or 4 for several checkpoints; also K(t), if the checkpoint tells)"
+    ks = "clusters (default: 128 64 16 4, or 4 for several checkpoints; also K(t), if the checkpoint records it)"
     p.add_argument("-k", type=count, nargs="+", help=ks)
     p.add_argument("--group", type=count, default=32, help="images clustered together")
     p.add_argument("--segments", type=count, default=100, help="superpixels that SLIC aims for")
@@ -110,8 +110,7 @@ def measure(tested: list[Tested], ks: list[list[int]], truth: Truth, args, devic
     K-means; their standard deviations, where there are several seeds; and the number of objects."""
     order = np.random.default_rng(0).permutation(len(truth)).tolist()  # neighboring files often share a class
     groups = [order[i : i + args.group] for i in range(0, len(order), args.group)]
-    settings = {"num_workers": args.workers, "worker_init_fn": distributed.ignore_stop_signals, "collate_fn": list}
-    loader = DataLoader(truth, batch_sampler=groups, **settings)
+    loader = distributed.make_loader(truth, args.workers, batch_sampler=groups, collate_fn=list)
     sums, total = {}, 0
     with cli.bar(total=len(truth), desc="overlap", unit="img") as bar:
         for number, group in enumerate(distributed.iterate(loader)):
@@ -177,7 +176,7 @@ def plot(curves: dict[str, list[tuple[float, float]]], title: str, across: str, 
 def evaluate(args) -> int:
     args.json = args.json or free_name("eval_abo")
     need_writable(args.json, args.plot)
-    truth, device = open_truth(args), distributed.place()[2]
+    truth, device = open_truth(args), distributed.place().device
     some = [pickle.loads(truth.rows[i])[0] for i in range(min(256, len(truth)))]
     tested = open_checkpoints(args.ckpt, args.arch, some, args.size, device, args.network)
     fixed = args.k or ([128, 64, 16, 4] if len(tested) == 1 else [4])

@@ -95,7 +95,7 @@ def open_checkpoints(ckpt: str, arch, images: list, size: int, device, network: 
             names = ("epochs", "k_start", "k_end", "hold_epochs", "schedule")
             k = r2o.num_clusters(epoch, *(args[name] for name in names))
         encoder, line = calibrated_encoder(path, arch, square_batches(images, size), device, network)
-        print(f"{line}; {cli.ops(device)}", flush=True)
+        print(f"{line}; {cli.describe_ops(device)}", flush=True)
         usual = {"masks": "predicted", "prior": "slic", "kmeans_group": 32}
         if unlike := [f"--{n.replace('_', '-')} {args[n]}" for n, x in usual.items() if (args or {}).get(n, x) != x]:
             print(f"note: it was trained with {' '.join(unlike)}; here masks are predicted from SLIC's regions")
@@ -143,9 +143,9 @@ def need_writable(*paths: str | Path | None):
         need(writable, f"cannot write {path}: expected a file in an existing folder that can be written to")
 
 
-def table_row(task: str, line: str, ours: str, paper: str, its_data: bool) -> str:
+def table_row(task: str, line: str, ours: str, paper: str, is_papers_data: bool) -> str:
     """A row of a table: the task, the encoder, our figures, and the paper's, unless it measured other data."""
-    paper = paper if its_data else "none for this data"
+    paper = paper if is_papers_data else "none for this data"
     return f"| {task} | {line.rsplit(': ', 1)[0]} | ours: {ours} | paper: {paper} |"
 
 

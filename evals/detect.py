@@ -154,7 +154,7 @@ class Objects(Dataset):
 
 def detection_loss(ddp: nn.Module, batch) -> Tensor:
     """The sum of Mask R-CNN's losses."""
-    device = distributed.place()[2]
+    device = distributed.place().device
     images, targets = zip(*batch, strict=True)
     targets = [{name: x.to(device, non_blocking=True) for name, x in target.items()} for target in targets]
     return sum(ddp([image.to(device, non_blocking=True) / 255 for image in images], targets).values())
@@ -230,7 +230,7 @@ def train_and_measure(run: finetune.Run, data: Objects, val: Objects) -> tuple[d
     finetune.fit(run, model, fingerprint, data, detection_loss, drops, args.warmup, list, optimizer_of=optimizer_of)
     model.transform.size_divisible = 32  # evaluation resizes, and pads no further than the strides need
     found = find_objects(model, val, args.workers)
-    if distributed.place()[0] > 0:
+    if distributed.place().rank > 0:
         return {}, line
     result = {"encoder": line, "lr": run.lr}
     for kind, name in (("bbox", "box"), ("segm", "mask")):
@@ -249,7 +249,7 @@ def detect(args) -> int:
     same = val.names.items() <= data.names.items()
     need(same, f"{val_file} lists categories that {file} lacks or names otherwise: correct one of them")
     need(len(data), f"{file} has no objects to train on that are not crowds")
-    its_data = len(val) == 5_000 and len(val.categories) == 80
+    is_papers_data = len(val) == 5_000 and len(val.categories) == 80
     val.categories = data.categories  # the evaluation images may have fewer
     vit = finetune.arch_of(args) == "vit_b"
     rates = ([3e-4], [3e-4]) if vit else ([0.1], [0.003, 0.1, 0.3])
@@ -257,14 +257,14 @@ def detect(args) -> int:
     args.weight_decay = (0.1 if vit else 4e-5) if args.weight_decay is None else args.weight_decay
     steps = finetune.steps_of(vars(args), len(data))
     args.warmup = min(1000, steps // 10) if args.warmup is None and args.epochs != 0 else args.warmup
-    task = f"{f'COCO {args.val_split}' if its_data else val_file}, {len(val)} images, Mask R-CNN"
+    task = f"{f'COCO {args.val_split}' if is_papers_data else val_file}, {len(val)} images, Mask R-CNN"
     task += f", {args.epochs} epochs" if args.epochs else ""
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     settings = {"data": digest, "size": args.size, "split": args.split, "warmup": args.warmup}
     more = {"images": len(val), "epochs": args.epochs, "val split": args.val_split} | settings
     measured = partial(train_and_measure, data=data, val=val)
     paper = PAPER[args.schedule] if not vit else VIT if args.schedule == "1x" else "none for 2x"
-    return finetune.sweep(args, settings, measured, task, paper, its_data, more)
+    return finetune.sweep(args, settings, measured, task, paper, is_papers_data, more)
 
 
 def main(argv=None):

@@ -33,7 +33,7 @@ def export(args) -> int:
         raise UsageError(f"cannot write {out} ({e.strerror or e})") from None
     back = read_weights(out)["state_dict"]
     same = all(torch.equal(x, file["state_dict"][name]) for name, x in back.items())
-    need(same, f"{out} does not read back as it was written: is the disk sound?")
+    need(same, f"{out} differs from what was written: is the disk failing?")
     print(f"{out}: {len(back)} tensors of a {file['arch']} in {args.to}'s layout, read back and equal")
     return 0
 

@@ -3,7 +3,7 @@
     python -m evals.figures --ckpt out --data CUB_200_2011 --out figures      # all epoch_*.pth and r2o.pth in out
     python -m evals.figures --ckpt out/r2o.pth --data images masks
 
-masks.png    masks as K falls: of every checkpoint in the folder at its own K(t), or of the one at several K (Fig. 3, 5)
+masks.png    masks as K falls: of up to six checkpoints of the folder, each at its K(t); or of one at six K (Fig. 3, 5)
 objects.png  segments, the one called foreground, and the truth, of evenly spaced images (Fig. 7)
 worst.png    the same of the images whose foreground fits worst, worst first
 """
@@ -36,7 +36,7 @@ def parse_args(argv):
 
 
 def draw(args) -> int:
-    (pairs, read), device = open_masks(args), distributed.place()[2]
+    (pairs, read), device = open_masks(args), distributed.place().device
     make_folder(args.out)
     files = [image for image, _ in pairs]
     tested = open_checkpoints(args.ckpt, args.arch, files, args.size, device, args.network)

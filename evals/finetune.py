@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
@@ -138,7 +138,7 @@ def fit(
         need(first, f"--epochs 0 evaluates a trained run, but there is no {checkpoint.path}: pass its --out")
         return
     batch = args.batch_size
-    need(batch <= len(data), f"--batch-size {batch} is larger than the data ({len(data)} images): pass less")
+    need(batch <= len(data), f"--batch-size {batch} is larger than the data ({len(data)} images): pass a smaller one")
     need(batch % world == 0, f"{world} processes cannot share --batch-size {batch}: pass a multiple of {world}")
     steps = steps_of(vars(args), len(data))
     if rank == 0 and 0 < first < steps:
@@ -181,7 +181,7 @@ def arch_of(args) -> str:
 def training_encoder(args) -> tuple[nn.Module, str, str]:
     """--ckpt's encoder in training mode, the line that describes it, and a fingerprint of its weights."""
     encoder, line = load_encoder(args.ckpt, args.arch)
-    if distributed.place()[0] == 0:
+    if distributed.place().rank == 0:
         print(line, flush=True)
     digest = hashlib.sha256(encoder.arch.encode())
     for x in encoder.state_dict().values():
@@ -209,8 +209,7 @@ def eval_samples(data: Dataset, workers: int, title: str):
     """This rank's share of a data set's unchanged samples, data[i], one by one, with a bar."""
     rank, world, _ = distributed.place()
     share = Subset(data, range(rank, len(data), world))
-    settings = {"num_workers": workers, "worker_init_fn": distributed.ignore_stop_signals}
-    samples = distributed.iterate(DataLoader(share, batch_size=None, **settings))
+    samples = distributed.iterate(distributed.make_loader(share, workers, batch_size=None))
     return cli.bar(samples, title, len(share), disable=rank > 0)
 
 
@@ -232,13 +231,13 @@ def save_strip(rows: list[tuple[Tensor, Tensor, Tensor]], path: Path, names: lis
     save_or_warn(path, lambda f: sheet.save(f, "PNG"))
 
 
-def sweep(args, settings: dict, train_and_measure, task: str, paper: str, its_data: bool, more: dict) -> int:
+def sweep(args, settings: dict, train_and_measure, task: str, paper: str, is_papers_data: bool, more: dict) -> int:
     """For every learning rate and seed, train_and_measure(run) returns metrics by name, in percent, and a line
     about the encoder. Reports the learning rate whose first metric has the best mean. Returns the exit status."""
     for name in ("lr", "seeds"):
         values = getattr(args, name)
         need(len({*values}) == len(values), f"--{name} must all be different, got {values}")
-    rank = distributed.place()[0]
+    rank = distributed.place().rank
     distributed.join_process_group(datetime.timedelta(hours=2))  # the others wait while rank 0 computes AP
     if rank == 0:
         lock = lock_output(make_folder(args.out))  # noqa: F841 (held until this function returns)
@@ -275,7 +274,7 @@ def sweep(args, settings: dict, train_and_measure, task: str, paper: str, its_da
         best = max(good, key=lambda lr: statistics.mean(next(iter(one.values())) for one in good[lr]))
         if parts := {steps for name, steps in unfinished.items() if name.startswith(f"lr{best:g}-seed")}:
             task += f", NOT FINISHED (after {', '.join(sorted(parts))})"
-        print(table_row(task, line, summary(good[best], best), paper, its_data), flush=True)
+        print(table_row(task, line, summary(good[best], best), paper, is_papers_data), flush=True)
         write_json(Path(args.out, "results.json"), found | {"encoder": line, "best lr": best})
     return 0
 

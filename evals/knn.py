@@ -93,8 +93,7 @@ def is_imagenet_100(classes: list[str], images: int) -> bool:
 
 def crops(data: ImageFolder, indices, args) -> DataLoader:
     """Batches of (images, labels) of these indices."""
-    settings = {"num_workers": args.workers, "worker_init_fn": distributed.ignore_stop_signals}
-    return DataLoader(Subset(data, indices), args.batch_size, **settings)
+    return distributed.make_loader(Subset(data, indices), args.workers, batch_size=args.batch_size)
 
 
 @torch.no_grad()
@@ -151,7 +150,7 @@ def evaluate(args) -> int:
     subset = sorted(map(os.fsdecode, read_subset(args.subset))) if args.subset else None
     train = open_folder(folders[0], args.size, subset=subset)
     val = open_folder(folders[1], args.size, train.classes, subset)
-    need(max(args.k) <= len(train), f"-k {max(args.k)} is more than the {len(train)} training images: pass less")
+    need(max(args.k) <= len(train), f"-k {max(args.k)} is more than the {len(train)} training images: pass a lower -k")
     rank, world, device = distributed.place()
     need(world <= min(len(train), len(val)), f"{world} processes are more than the images: start fewer")
     distributed.join_process_group()

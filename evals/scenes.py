@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import datasets, tv_tensors
 
 from evals import finetune
@@ -136,7 +136,7 @@ def list_own(data: list[Path], split: str, val_split: str, suffix: str | None) -
         pairs = list_pairs(images, labels, suffix)
         need(len(pairs) > 1, f"one image in {images}: expected at least one to train on, one to evaluate on")
         train, val = [p for i, p in enumerate(pairs) if i % 5], pairs[::5]
-        if distributed.place()[0] == 0:
+        if distributed.place().rank == 0:
             print(f"{images} has no folders train and val: every fifth image ({len(val)}) is held out for evaluation")
             if inside := sorted(path.name for path in images.iterdir() if path.is_dir())[:9]:
                 print(f"it has {', '.join(inside)}: if these are splits, name them with --split and --val-split")
@@ -149,10 +149,9 @@ def list_own(data: list[Path], split: str, val_split: str, suffix: str | None) -
 def own_recipe(args, train: list, val: list) -> Recipe:
     """The recipe for your own labels, from --classes and --void. All labels are read once, so that a wrong id ends the
     program before training. Void ids are not classes, even if they are below the number of classes."""
-    void, seen, rank = args.void or [], ({}, {}), distributed.place()[0]
-    settings = {"num_workers": args.workers, "worker_init_fn": distributed.ignore_stop_signals}
+    void, seen, rank = args.void or [], ({}, {}), distributed.place().rank
     pairs = train + val
-    loader = DataLoader(LabelIds(pairs), batch_size=None, **settings)
+    loader = distributed.make_loader(LabelIds(pairs), args.workers, batch_size=None)
     for i, ids in enumerate(cli.bar(distributed.iterate(loader), "reading labels", len(loader), disable=rank > 0)):
         for id_ in ids:
             seen[i >= len(train)].setdefault(id_, pairs[i][1])
@@ -165,7 +164,7 @@ def own_recipe(args, train: list, val: list) -> Recipe:
     known = [i for i in range(len(names)) if i not in void]
     for id_, path in sorted(every.items()):
         classes = f"the {len(names)} classes of --classes are 0 to {len(names) - 1}"
-        mend = f"mend the file, add the class, or pass --void {' '.join(map(str, sorted({*void, id_})))} to ignore it"
+        mend = f"correct it, add the class, or pass --void {' '.join(map(str, sorted({*void, id_})))} to ignore it"
         mend = mend if 0 <= id_ < 2**16 else "ids are at most 65,535"
         need(id_ in void or id_ in known, f"the label {path} holds id {id_}, but {classes}{binary}: {mend}")
     missing = [names[i] for i in known if i not in seen[0]]

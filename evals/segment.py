@@ -7,8 +7,8 @@
 --data is the folder that holds VOCdevkit; leftImg8bit and gtFine; or images and labels. Every learning rate is run with
 every seed, in OUT/lr0.01-seed0 and so on; the one with the best mean over the seeds is reported. Rerun to resume.
 
-For the rest, MMSegmentation's defaults hold, as the paper says: dropout of 0.1 before the last layer, and a loss
-averaged over all pixels, void ones included.
+Dropout of 0.1 before the last layer and a loss averaged over all pixels, void ones included, are MMSegmentation's
+defaults. Its color jitter is left out, and its crops differ (docs/differences.md).
 """
 
 import functools
@@ -84,7 +84,7 @@ def dilate(encoder: nn.Module) -> nn.Module:
 
 def pixel_loss(ddp: nn.Module, batch) -> Tensor:
     """Cross entropy, averaged over all pixels, of which void ones count as 0, as MMSegmentation's default does."""
-    images, labels = (x.to(distributed.place()[2], non_blocking=True) for x in batch)
+    images, labels = (x.to(distributed.place().device, non_blocking=True) for x in batch)
     loss = F.cross_entropy(ddp(r2o.normalize(images)), labels.long(), ignore_index=VOID, reduction="sum")
     return loss / labels.numel()
 
@@ -123,7 +123,7 @@ def train_and_measure(run: finetune.Run, recipe: Recipe, train: list, val: Scene
     ious = class_ious(pixels)
     need(not ious.isnan().all(), f"no pixel of {args.val_split} has a class: all are void")
     miou = 100 * ious.nanmean().item()
-    if distributed.place()[0] == 0:
+    if distributed.place().rank == 0:
         each = {name: None if iou.isnan() else 100 * iou.item() for name, iou in zip(names, ious, strict=True)}
         print(f"{run.out}: mIoU {miou:.2f} over {int((~ious.isnan()).sum())} of {len(names)} classes", flush=True)
         write_json(run.out / "result.json", {"mIoU": miou, "IoU": each, "encoder": line, "lr": run.lr})

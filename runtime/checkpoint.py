@@ -40,7 +40,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.path, self.previous, self.found = folder / "last.pth", folder / "previous.pth", None
-        self.is_rank_0 = distributed.place()[0] == 0
+        self.is_rank_0 = distributed.place().rank == 0
 
     def read(self, keys: str) -> dict | None:
         """On rank 0, the newest checkpoint that can be loaded; None if there is none, and on the other ranks. Raises

@@ -127,10 +127,10 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
 count, natural, rate = number(int, 1), number(int, 0), number(float, 0)
 
 
-def ops(device) -> str:
+def describe_ops(device) -> str:
     """Which code runs the ops, and what to do if it is the slow one."""
     found = r2o.extension(device)
-    build = "; python setup.py build_ext --inplace makes the mask step 3 to 8 times faster, see docs/performance.md"
+    build = "; python setup.py build_ext --inplace makes the mask step 5 to 9 times faster, see docs/performance.md"
     return f"ops: {found}{build if found == 'python' else ''}"
 
 

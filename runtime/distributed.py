@@ -10,10 +10,12 @@ import sys
 import threading
 import time
 import uuid
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader
 
 # Exit statuses of a run that has saved its state: told to stop (EX_TEMPFAIL, try again), or by Ctrl-C.
 STOPPED, INTERRUPTED = 75, 130
@@ -30,10 +32,16 @@ def cores_per_process() -> int:
     return min(16, max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def place() -> tuple[int, int, torch.device]:
-    """This process's rank, the number of processes, and its device, from torchrun's environment variables."""
+class Place(NamedTuple):
+    rank: int
+    world: int  # the number of processes
+    device: torch.device
+
+
+def place() -> Place:
+    """Where this process is, from torchrun's environment variables."""
     rank, world, local = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    return rank, world, torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    return Place(rank, world, torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu"))
 
 
 def join_process_group(timeout: datetime.timedelta | None = None):
@@ -146,6 +154,11 @@ def hold_signals():
         restore()
         if len(came) == 1:
             os.kill(os.getpid(), came[0])
+
+
+def make_loader(data, workers: int, **settings) -> DataLoader:
+    """A loader for iterate()."""
+    return DataLoader(data, num_workers=workers, worker_init_fn=ignore_stop_signals, **settings)
 
 
 def iterate(loader):

@@ -90,8 +90,8 @@ class Batches:
 
 def load_batches(data: Dataset, batches, workers: int, device: torch.device, collate=None) -> DataLoader:
     """One loader over all epochs, so that its workers prefetch across epoch boundaries."""
-    settings = {"num_workers": workers, "worker_init_fn": distributed.ignore_stop_signals, "collate_fn": collate}
-    return DataLoader(data, batch_sampler=batches, pin_memory=device.type == "cuda", **settings)
+    settings = {"collate_fn": collate, "pin_memory": device.type == "cuda"}
+    return distributed.make_loader(data, workers, batch_sampler=batches, **settings)
 
 
 ON_HOST = ("factors", "num_regions")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 import r2o
 import r2o_ops
 from runtime import cli, distributed
-from runtime.cli import need, need_package, warn
+from runtime.cli import UsageError, need, need_package, warn
 from runtime.folders import median_side
 from runtime.images import ImageList
 
@@ -33,7 +33,10 @@ def check_flags(args):
         need(args.assign == "pixel", "--masks prior has no clusters to assign: leave --assign out")
     if args.objective != "byol":
         fewest = args.k_start if args.schedule == "constant" else min(args.k_start, args.k_end)
-        need(fewest > 1, f"--objective {args.objective} tells masks apart, but K falls to 1: pass 2 or more clusters")
+        need(
+            fewest > 1,
+            f"--objective {args.objective} compares masks, but K reaches 1: pass 2 or more clusters",
+        )
     if args.masks == "odin":
         need(args.objective == "detcon", "--masks odin goes with DetCon's loss: pass --objective detcon")
         alone = "--masks odin clusters the cells of single images: pass --prior grid --kmeans-group 1"
@@ -49,14 +52,12 @@ def check_flags(args):
 def check_batches(args, images: ImageList, readable: int, num_regions: int):
     """Refuse batches that cannot work: before the region maps are computed, and again when num_regions is known.
     readable: the number of readable images."""
-    world = distributed.place()[1]
+    world = distributed.place().world
     batch, parts = args.batch_size, world * args.accum
     if batch > readable:
         larger = f"--batch-size {batch} is larger than the data ({readable} images): pass a smaller one"
-        need(
-            False,
-            f"{larger}. A command that suits these images and this machine: {command_for(args, images, readable)}",
-        )
+        suits = command_for(args, images, readable)
+        raise UsageError(f"{larger}. A command that suits these images and this machine: {suits}")
     accum = f" in {args.accum} micro-batches" if args.accum > 1 else ""
     need(batch % parts == 0, f"{world} processes cannot share --batch-size {batch}{accum}: pass a multiple of {parts}")
     k, group = max(args.k_start, args.k_end), group_size(args)
@@ -68,7 +69,7 @@ def check_batches(args, images: ImageList, readable: int, num_regions: int):
 
 def group_size(args) -> int:
     """How many images are clustered together."""
-    world = distributed.place()[1]
+    world = distributed.place().world
     share = args.batch_size // world // args.accum
     groups, ranks = r2o.kmeans_groups(share, world, args.kmeans_group)
     return -(-share * ranks // groups)
@@ -123,7 +124,7 @@ def check_cells(args):
 
 def print_plan(args, schedule: r2o.Schedule):
     """Steps, batches, grids, and the schedule at its milestones."""
-    batch, epochs, world = schedule.batch_size, schedule.epochs, distributed.place()[1]
+    batch, epochs, world = schedule.batch_size, schedule.epochs, distributed.place().world
     print(f"{epochs} epochs of {schedule.steps_per_epoch:,} steps, {schedule.steps:,} in all")
     share = batch // world // args.accum
     groups, ranks = r2o.kmeans_groups(share, world, args.kmeans_group)
@@ -204,7 +205,7 @@ def training_memory(model: r2o.R2O, images: int, size: int, device: torch.device
     weights = sum(p.nbytes for p in model.parameters())
     weights += 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
     rows = images * getattr(model, "samples", 0)  # of each view
-    weights += 28 * rows**2 * distributed.place()[1]  # per direction two cosines, two masks; and the backward pass
+    weights += 28 * rows**2 * distributed.place().world  # per direction two cosines, two masks; and the backward pass
     if r2o.extension(device) == "cuda" and model.masks == "predicted":  # K-means keeps dot products of groups' points
         points = min(images, model.kmeans_group) * model.num_regions
         groups = min(images * model.num_regions / points, max(1, r2o_ops.r2o_C.gram_bytes_cuda // (4 * points**2)))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import r2o
@@ -85,9 +85,8 @@ def _make_maps(images: ImageList, path: Path, header_path: Path, made_from: dict
     room = f"{needed / 1e9:.2g} GB, {path.parent} has {free / 1e9:.2g} GB left"
     need(free >= needed, f"the region maps need {room}: free some, or name another file with --regions")
     priors = _Priors(images, made_from["prior"], made_from["num_segments"], size)
-    ahead = {"num_workers": workers, "prefetch_factor": 8 if workers else None}
-    ahead["worker_init_fn"] = distributed.ignore_stop_signals
-    loader = DataLoader(priors, batch_size=None, sampler=range(done, n), **ahead)
+    ahead = 8 if workers else None
+    loader = distributed.make_loader(priors, workers, batch_size=None, sampler=range(done, n), prefetch_factor=ahead)
     try:
         with open(partial, "r+b" if done else "w+b") as f:
             np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (n, size, size)})
@@ -114,9 +113,8 @@ def _make_maps(images: ImageList, path: Path, header_path: Path, made_from: dict
         os.replace(partial, path)
     except (SystemExit, KeyboardInterrupt):
         kept = json.loads(progress.read_text())["done"] if progress.exists() else 0
-        print(
-            f"stopped: {kept} of {n} region maps are kept; rerun the same command to go on", file=sys.stderr, flush=True
-        )
+        said = f"stopped: {kept} of {n} region maps are kept; rerun the same command to continue"
+        print(said, file=sys.stderr, flush=True)
         raise
     except OSError as e:
         raise UsageError(f"cannot write {partial} ({e.strerror or e}): make room and rerun the command") from None

@@ -52,7 +52,7 @@ class Report:
         self.out, self.schedule, self.tensorboard = out, schedule, tensorboard
         self.masks: list = []
         self.bar = self.board = None
-        self.silent = distributed.place()[0] > 0
+        self.silent = distributed.place().rank > 0
 
     def start(self, headline: str, data: ImageRegions, step: int):
         """Announce the run, and drop log rows newer than the checkpoint; those epochs are repeated."""

@@ -37,8 +37,8 @@ COUNTER = "num_batches_tracked"  # of batch norm; torchvision's older files lack
 def load_encoder(ckpt: str | Path, arch: str | None = None, network: str = "online") -> tuple[nn.Module, str]:
     """An encoder in eval mode, and a line that describes it.
 
-    ckpt: a file that read_weights() reads, or "random". arch: the encoder it holds, which files tell; for "random",
-    resnet50 by default. network: "online" or "target". Raises UsageError for what read_weights() refuses.
+    ckpt: a file that read_weights() reads, or "random". arch: the encoder to expect (default: read from the file;
+    resnet50 for "random"). network: "online" or "target". Raises UsageError for what read_weights() refuses.
     """
     if str(ckpt) == "random":
         with torch.random.fork_rng(devices=[]):

@@ -540,9 +540,9 @@ def test_every_baseline_trains_and_resumes_bit_identically(photos, tmp_path, fla
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ("--objective detcon --k-end 1", "--objective detcon tells masks apart, but K falls to 1"),
-        ("--objective ntxent --schedule constant --k-start 1", "--objective ntxent tells masks apart"),
-        ("--objective detcon --masks prior --segments 1", "--objective detcon tells masks apart"),
+        ("--objective detcon --k-end 1", "--objective detcon compares masks, but K reaches 1"),
+        ("--objective ntxent --schedule constant --k-start 1", "--objective ntxent compares masks"),
+        ("--objective detcon --masks prior --segments 1", "--objective detcon compares masks"),
         (ODIN + " --k-start 200", "200 clusters are more than the regions of one K-means (1 images of at most 196)"),
         ("--arch vit_b --size 64", "--arch vit_b makes 4 x 4 cells of --size 64, too few for masks"),
         ("--masks prior --prior fh", "has no fixed K to multiply the learning rate by: pass --lr-k 0"),

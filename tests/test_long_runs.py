@@ -105,7 +105,7 @@ def test_stopping_while_computing_region_maps_prints_how_many_are_kept(tmp_path,
     os.killpg(process.pid, number)
     printed = process.communicate(timeout=60)[0]
     assert process.returncode == status and "Traceback" not in printed, printed
-    kept = int(re.search(r"stopped: (\d+) of 300 region maps are kept; rerun the same command to go on", printed)[1])
+    kept = int(re.search(r"stopped: (\d+) of 300 region maps are kept; rerun the same command to continue", printed)[1])
     assert 0 < kept < 300 and json.loads((out / "regions.progress").read_text())["done"] == kept
     if number == signal.SIGTERM:
         rest = command(tmp_path, out, "--prepare", "--size", "224")
