@@ -249,7 +249,7 @@ def build_encoder(arch: str) -> nn.Module:
 
 def channels(layer: nn.Module) -> int:
     """The number of output channels of an encoder's stage."""
-    return [m for m in layer.modules() if isinstance(m, nn.BatchNorm2d)][-1].num_features
+    return [m for m in layer.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))][-1].num_features
 
 
 def encode_c4(net: nn.Module, x: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def parse_args(argv=None):
     add("--hidden", type=count, default=4096, help="width of projector and predictor; lower for tiny")
     add("--dim", type=count, default=256, help="width of projections; lower for tiny")
     add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of weights, order, crops, colors and clusters")
-    bf16 = "of the networks; default: bfloat16 on GPUs; it also speeds up CPUs with avx512_bf16 or amx_bf16"
+    bf16 = "of the networks; default: bfloat16 on GPUs that have it; speeds up CPUs with avx512_bf16 or amx_bf16"
     add("--precision", choices=("float32", "bfloat16"), help=bf16)
     add("--compile", action="store_true", help="compile the encoders with torch.compile; --dry-run shows if it helps")
     add("--changed", action="store_true", help="allow other --lr, --lr-k, --weight-decay and taus than before")
@@ -96,13 +96,18 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     args.hold_epochs = round(args.epochs * 40 / 300) if args.hold_epochs is None else args.hold_epochs
     args.regions = args.regions or f"{args.out}/regions.npy"
-    args.precision = args.precision or ("bfloat16" if torch.cuda.is_available() else "float32")
+    args.precision = args.precision or ("bfloat16" if has_bfloat16() else "float32")
     args.lr_k = (16 if args.objective == "byol" else 0) if args.lr_k is None else args.lr_k
     if args.masks == "prior":  # no K-means; K is the number of segments
         args.kmeans_group, args.schedule, args.hold_epochs = 1, "constant", 0
         args.k_start = args.k_end = {"slic": args.segments, "grid": 14**2, "fh": 256}[args.prior]
     plan.check_flags(args)
     return args
+
+
+def has_bfloat16() -> bool:
+    """Whether there is a GPU that computes in bfloat16, and not one before Ampere, which emulates it."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 # Flags that may differ when a run resumes; those in WITH_CHANGED only with --changed.
@@ -186,6 +191,9 @@ def build(args, num_regions: int) -> tuple[r2o.R2O, nn.Module, r2o.LARS]:
 def resume(checkpoint: Checkpoint, args, data: ImageRegions, model, optimizer, progress: Progress, report: Report):
     """Load what OUT holds, if anything, on all ranks."""
     header = {"args": vars(args), "names": data.images.names_hash, "images": len(data)}
+    own = header["names"], len(data), data.num_regions
+    others = f"rank {distributed.place().rank} sees other images than rank 0, or {len(data)} that can be read"
+    need(distributed.of_rank_0(own) == own, f"{others}: give all machines the same --data and --regions")
     last = checkpoint.restore(header, model, optimizer)
     if not last:
         return
@@ -365,12 +373,17 @@ def dry_run(args) -> int:
             n *= 1 if slow else 2
         n = min(n, share) if device.type == "cpu" else share
         least, median, most = sorted(time_steps(n, 4)[1:])  # the first warms up
+        began = time.perf_counter()
+        for i in range(len(data)):
+            data[0, i]
+        loaded = len(data) * max(args.workers, 1) * world / (time.perf_counter() - began)
     if rank == 0:
         speed = n * world / median
-        whole = plan.duration(schedule.steps * args.batch_size / speed)
+        whole = plan.duration(schedule.steps * args.batch_size / min(speed, loaded))
         took = f"3 steps of {n * world} of {args.batch_size} images took {median:.3g} s each"
         took += f" ({least:.3g} to {most:.3g})"
-        print(f"{took} on {world} x {device.type}, {cli.describe_ops(device)}: {speed:.4g} images/s, {whole} in all")
+        print(f"{took} on {world} x {device.type}, {cli.describe_ops(device)}: {speed:.4g} images/s")
+        print(f"loading: {loaded:.4g} images/s with --workers {args.workers}, if each has a core; {whole} in all")
         if device.type == "cuda":
             print(f"peak memory of rank 0: {plan.size_of(torch.cuda.max_memory_allocated(device))}")
     return 0

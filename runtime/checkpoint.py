@@ -7,7 +7,6 @@ import zlib
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from runtime import distributed
 from runtime.cli import UsageError, need, warn
@@ -68,13 +67,11 @@ class Checkpoint:
     def restore(self, header: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict | None:
         """Load what rank 0 has read, on all ranks; return it, or None. From now on save() writes header and state."""
         self.header, self.model, self.optimizer = header, model, optimizer
-        found, self.found = [self.found], None
-        if dist.is_initialized():
-            dist.broadcast_object_list(found)
-        if found[0]:
-            model.load_state_dict(found[0]["model"])
-            optimizer.load_state_dict(found[0]["optimizer"])
-        return found[0]
+        found, self.found = distributed.of_rank_0(self.found), None
+        if found:
+            model.load_state_dict(found["model"])
+            optimizer.load_state_dict(found["optimizer"])
+        return found
 
     def save(self, required: bool = False, **entries):
         """Save on rank 0. A full disk keeps the previous checkpoint and warns, or raises UsageError if required."""

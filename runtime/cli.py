@@ -71,7 +71,7 @@ def environment_problem(e: Exception) -> str:
     if isinstance(e, MemoryError) or "DefaultCPUAllocator" in said:
         return f"the memory is too small ({said.splitlines()[0] if said else 'MemoryError'}): {lower}"
     if re.search(r"workers are out of shared memory|unable to (write|open) .*/torch_", said):
-        return "/dev/shm is too small for the loader's batches: enlarge it (docker: --shm-size=8g), or pass --workers 0"
+        return "/dev/shm is too small for the loader's batches: enlarge it (docker: --ipc=host), or lower --workers"
     frames = [frame.filename for frame in traceback.extract_tb(e.__traceback__)]
     receiving = isinstance(e, (ConnectionError, EOFError)) and any("utils/data/dataloader.py" in f for f in frames)
     if receiving or re.search(r"DataLoader worker .*(killed|exited)", said):

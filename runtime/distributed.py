@@ -96,6 +96,14 @@ def agree(finite: torch.Tensor, stop_requested: bool) -> tuple[bool, bool]:
     return not bad, stop
 
 
+def of_rank_0(value):
+    """Rank 0's value, on all ranks."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 class StopSignals:
     """A context in which SIGTERM and SIGUSR1 end the program with status STOPPED, and Ctrl-C with INTERRUPTED. While
     `deferred` is set they set `received` to that status instead, and the program ends itself when it has saved its

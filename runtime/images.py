@@ -1,6 +1,7 @@
 """Image files: reading them, and lists of millions of them."""
 
 import hashlib
+import io
 import os
 import struct
 import warnings
@@ -8,9 +9,10 @@ from array import array
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
-from torch import Tensor, uint8
-from torchvision.io import ImageReadMode, decode_image, read_file
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as TF
 
 from runtime.cli import UsageError, need
@@ -23,12 +25,14 @@ DAMAGE = (ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBo
 def read_image(path: str | Path) -> Tensor:
     """Any image file as uint8 RGB (3, h, w), EXIF applied; an animation's first frame. Raises OSError if it is damaged
     or has more than 179 million pixels, Pillow's limit."""
+    data = bytearray(Path(path).read_bytes())  # opened once: a network disk may take long for each
     try:
-        with Image.open(path) as file:
+        with Image.open(io.BytesIO(data)) as file:
             if file.format != "GIF":  # damaged ones crash torchvision (pytorch/vision issue 9551)
                 try:
-                    image = decode_image(read_file(os.fspath(path)), ImageReadMode.RGB, apply_exif_orientation=True)
-                    return image if image.dtype == uint8 else (image.int() // 257).to(uint8)  # 16-bit PNG
+                    code = torch.frombuffer(data, dtype=torch.uint8)
+                    image = decode_image(code, ImageReadMode.RGB, apply_exif_orientation=True)
+                    return image if image.dtype == torch.uint8 else (image.int() // 257).to(torch.uint8)  # 16-bit PNG
                 except RuntimeError:  # a format that torchvision does not read (BMP, TIFF, …), or damaged
                     pass
             if file.mode[0] in "IF":

@@ -91,6 +91,7 @@ class Batches:
 def load_batches(data: Dataset, batches, workers: int, device: torch.device, collate=None) -> DataLoader:
     """One loader over all epochs, so that its workers prefetch across epoch boundaries."""
     settings = {"collate_fn": collate, "pin_memory": device.type == "cuda"}
+    settings["prefetch_factor"] = 1 if workers else None  # 16 workers of 8 GPUs then hold 30 GB of batches of 512
     return distributed.make_loader(data, workers, batch_sampler=batches, **settings)
 
 

@@ -165,7 +165,7 @@ def check_memory(model: r2o.R2O, args, started: bool = False, quiet: bool = Fals
     share, have = args.batch_size // world // args.accum, memory_of(device)
     needed = training_memory(model, share, args.size, device)
     fits = f"about {size_of(needed)} for {share} images at a time, of {size_of(have)}"
-    if needed > have:
+    if needed > 0.9 * have:  # of which other programs, and fragments, take some
         accum = fitting_accum(model, share, args.size, device)
         mend = f"pass --accum {args.accum * accum}" if accum else "pass a lower --size or another --arch"
         need(started, f"too little memory for each process ({fits}): {mend}, or use more machines")
@@ -184,24 +184,25 @@ def fitting_accum(model: r2o.R2O, share: int, size: int, device: torch.device) -
 
 def training_memory(model: r2o.R2O, images: int, size: int, device: torch.device) -> float:
     """Estimate the bytes that a micro-batch of so many images takes on `device`: weights, gradients, momentum and
-    update; views in float32; the activations that the encoder keeps for the backward pass, measured; and a contrastive
-    objective's matrices of sampled masks by keys."""
-    kept, encoder = [], model.online["encoder"]
-    before = [b.clone() for b in encoder.buffers()]  # of batch norm, which the forward passes update
+    update; views in float32; the activations that the encoder keeps for the backward pass, measured; in the target's
+    passes, of two views and of the image, three of the largest; and a contrastive objective's matrices of sampled masks
+    by keys."""
+    kept = []
+    encoder = r2o.build_encoder(model.online["encoder"].arch)  # not the model's: synchronized batch norm would wait
+    encoder.to(device, memory_format=torch.channels_last)
     for views in (2, 4):
         x = torch.zeros(views, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
         storages = {}
 
         def keep(t, storages=storages):
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            storages[t.untyped_storage().data_ptr()] = t
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             c5 = r2o.encode(encoder, x)
-        kept.append(sum(storages.values()))
+        kept.append(sum(t.untyped_storage().nbytes() for t in storages.values()))
+        largest = max(t.nbytes for t in storages.values() if t.shape[:1] == (views,)) / views
         del c5
-    for b, x in zip(encoder.buffers(), before, strict=True):
-        b.copy_(x)
     weights = sum(p.nbytes for p in model.parameters())
     weights += 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
     rows = images * getattr(model, "samples", 0)  # of each view
@@ -210,4 +211,5 @@ def training_memory(model: r2o.R2O, images: int, size: int, device: torch.device
         points = min(images, model.kmeans_group) * model.num_regions
         groups = min(images * model.num_regions / points, max(1, r2o_ops.r2o_C.gram_bytes_cuda // (4 * points**2)))
         weights += groups * 4 * points * (points + r2o.channels(encoder.layer3))  # and the points' two halves
-    return weights + images * ((kept[1] - kept[0]) + 6 * 12 * size**2)  # activations of 2 views; 6 images in float32
+    each = kept[1] - kept[0] + 3 * 3 * largest + 6 * 12 * size**2  # of 2 views; 2 and the image; 6 images in float32
+    return weights + images * each

@@ -263,7 +263,8 @@ def test_a_dry_run_prints_the_plan_and_the_time_and_writes_nothing(photos, tmp_p
     said = capsys.readouterr().out
     assert "12 in a, 12 in b\n3 epochs of 3 steps, 9 in all" in said
     assert "batches of 8: 1 process(es) x 2 micro-batch(es) x 4 images, 2 K-means of 4 images per step" in said
-    assert re.search(r"3 steps of 4 of 8 images took [\d.e-]+ s each .* images/s, [\d:]+ in all", said)
+    assert re.search(r"3 steps of 4 of 8 images took [\d.e-]+ s each .* images/s\n", said)
+    assert re.search(r"loading: [\d.e+]+ images/s with --workers 1, if each has a core; [\d:]+ in all", said)
     assert not (tmp_path / "out").exists()
 
 
@@ -289,6 +290,21 @@ def test_the_plan_of_the_papers_run(capsys, monkeypatch, tmp_path):
     assert float(table[300][1]) < 1e-6 and float(table[1][2]) == 0.99 and float(table[300][2]) == 1
 
 
+@pytest.mark.parametrize("gpu, native, precision", [(0, 0, "float32"), (1, 0, "float32"), (1, 1, "bfloat16")])
+def test_bfloat16_is_the_default_on_gpus_that_do_not_emulate_it(monkeypatch, gpu, native, precision):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert train.parse_args(["--data", "x"]).precision == precision
+
+
+def test_a_machine_with_other_images_than_rank_0_s_is_refused(photos, tmp_path, refuse, monkeypatch):
+    """Its epochs would have other steps, or the same steps other images."""
+    flags = ["--data", photos, "--out", tmp_path / "out", *SMALL]
+    monkeypatch.setattr(distributed, "of_rank_0", lambda value: (*value[:1], 23, *value[2:]))
+    said = refuse(*flags)
+    assert "rank 0 sees other images than rank 0, or 24 that can be read: give all machines the same --data" in said
+
+
 @pytest.mark.parametrize("mode", [["--dry-run"], []])
 def test_runs_that_exceed_the_memory_are_refused_before_training(photos, tmp_path, refuse, monkeypatch, mode):
     """With the --accum that does fit; a run that has begun goes on, for it is an estimate."""
@@ -307,6 +323,17 @@ def test_runs_that_exceed_the_memory_are_refused_before_training(photos, tmp_pat
     assert "pass a lower --size or another --arch" in refuse(*flags[: -len(mode) or None], "--out", tmp_path / "2")
     if not mode:
         train.main([str(f) for f in (*flags, "--accum", 2)])
+
+
+def test_the_memory_estimate_also_serves_synchronized_batch_norm(monkeypatch):
+    """On several GPUs. Its forward pass would wait for ranks that do not lack memory."""
+    monkeypatch.setattr(r2o, "extension", lambda device: "cuda")
+    monkeypatch.setattr(plan.r2o_ops, "r2o_C", type("Built", (), {"gram_bytes_cuda": 2**31}))
+    model = r2o.R2O("tiny", hidden=16, dim=8)
+    sizes = [(8, 64, torch.device("cpu")), (16, 64, torch.device("cpu"))]
+    before = [plan.training_memory(model, *size) for size in sizes]
+    model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert [plan.training_memory(model, *size) for size in sizes] == before and before[0] < before[1]
 
 
 def test_estimating_memory_has_no_side_effects():
@@ -334,6 +361,7 @@ def test_the_memory_estimate_matches_weights_and_saved_activations():
     del kept
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     expected = weights + sum(n for storage, n in alive.items() if storage not in own) + 5 * 6 * 12 * 64**2
+    expected += 3 * 3 * 5 * 64 * 32 * 32 * 4  # three maps of 64 channels at stride 2, of two views and the image
     assert plan.training_memory(model, 5, 64, torch.device("cpu")) == pytest.approx(expected, rel=0.02)
 
 
