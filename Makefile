@@ -5,7 +5,7 @@
 #   make bench   time every op, the mask step and the train step beside other ways to do them: 30 minutes on 2 cores
 #                DEVICE=cuda: on a GPU; BENCH="--images photos --authors DIR": flags of bench/bench.py
 #   make gpu     all that needs a GPU, in five stages of at most 9 minutes; needs PyTorch there, and no network
-#                STAGE=3: one stage; GPU="--authors DIR --data DIR --photos DIR": flags of bench/gpu.py
+#                STAGE=3: one stage; GPU="--seconds 120 --authors DIR --data DIR --photos DIR": flags of bench/gpu.py
 #   make emulate    run the CUDA kernels on a CPU, and check every access they make: 2 minutes on 2 cores; part of make test
 #   make sanitize   the tests of the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make lint    ruff only
@@ -36,6 +36,7 @@ bench: build/done .venv/peers-$(DEVICE)
 	touch $@
 
 gpu:
+	FORCE_CUDA=1 $(or $(wildcard $(PY)),$(PYTHON)) setup.py -q build_ext --inplace
 	$(or $(wildcard $(PY)),$(PYTHON)) bench/gpu.py $(if $(STAGE),--stage $(STAGE)) $(GPU)
 
 emulate: build/done

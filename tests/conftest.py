@@ -16,6 +16,19 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: two te
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    """Tests run on the CPU, also where there is a GPU; `pytest -m gpu` runs those that need one."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU: pytest -m gpu"))
+
+
 def picture(seed: int, size=(80, 64)) -> Image.Image:
     """A colored ellipse on a gradient."""
     rng = np.random.default_rng(seed)

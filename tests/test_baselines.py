@@ -259,6 +259,22 @@ def learn(model, K, steps=30):
     return np.array(seen)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind, options", [(r2o.R2O, {}), (Contrastive, {}), (Odin, {"discovery_tau": 0.9})])
+def test_the_loss_on_a_gpu_is_the_cpu_s_on_one_stream_and_on_two(kind, options):
+    """Few cells may change masks, since features differ in their last digits."""
+    losses = []
+    for device, overlap in (("cpu", False), ("cuda", False), ("cuda", True), ("cuda", True)):
+        torch.manual_seed(0)
+        net = kind("tiny", 20, kmeans_group=2, hidden=16, dim=8, overlap=overlap, **options).to(device)
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            losses.append(net(*(x.to(device) for x in batch()), 5, rng())[0])
+            losses[-1].backward()
+        assert all(p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)
+    cpu, alone, *beside = (x.item() for x in losses)
+    assert alone == pytest.approx(cpu, rel=0.02) and beside == pytest.approx([alone] * 2, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "kind, options",
     [

@@ -122,15 +122,6 @@ def test_forward_is_the_sum_of_both_directions_averaged_over_pairs():
     assert stats["pairs"] == P / 4 and 0 < stats["spread"] < 2 and 1 <= stats["masks"] <= 5
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_masks_predicted_on_a_side_stream_are_the_same():
-    losses = []
-    for overlap in (False, True, True):
-        r2o_model = model(overlap=overlap).cuda()
-        losses.append(r2o_model(*(x.cuda() for x in batch()), 5, rng())[0].item())
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(losses[0], rel=1e-4)
-
-
 def test_gradients_reach_every_online_parameter_and_no_target():
     r2o_model = model()
     r2o_model(*batch(), 5, rng())[0].backward()
@@ -256,10 +247,7 @@ def test_groups_are_as_large_as_allowed(images, world, most):
         assert (groups, ranks) == (1, most // images)
 
 
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("K", [5, 128])
 def test_on_a_gpu_the_host_waits_once_per_step_for_the_number_of_pairs(K, monkeypatch):
     """Augmentation, the forward and the backward pass. Random numbers of 128 clusters are more than 64 KB."""
@@ -291,7 +279,7 @@ def test_on_a_gpu_the_host_waits_once_per_step_for_the_number_of_pairs(K, monkey
     assert len(waits) == 1
 
 
-@on_a_gpu
+@pytest.mark.gpu
 def test_masks_are_predicted_on_a_high_priority_stream():
     assert r2o.SideStream.stream(torch.device("cuda")).priority < torch.cuda.current_stream().priority
 

@@ -442,7 +442,7 @@ def test_precision_applies_to_activations_and_not_to_weights(photos, tmp_path):
         assert a.dtype == b.dtype != torch.bfloat16
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 def test_batches_copied_ahead_to_a_gpu_equal_the_loader_s():
     batches = [{"image": torch.full((4, 8), i).pin_memory(), "factors": torch.full((4,), i)} for i in range(5)]
     for i, batch in enumerate(copy_ahead(iter(batches), torch.device("cuda"))):
