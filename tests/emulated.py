@@ -44,7 +44,7 @@ def autocast(op):
 
 
 def cases(device: str):
-    """(name, the op, its reference, arguments): ragged and empty shapes, sizes about those of warps and blocks, dtypes."""
+    """(name, op, reference, arguments): ragged and empty shapes, sizes about those of warps and blocks, all dtypes."""
     for i, (B, C, H, W, scale, R, ids, dtype) in enumerate(
         [
             (0, 5, 2, 2, 1, 3, torch.uint8, single),
