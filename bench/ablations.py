@@ -69,7 +69,7 @@ def train_run(run: Run, folder: Path, data: Path, args, bar):
 
 def evaluate_run(run: Run, folder: Path, data: Path, args) -> dict[str, float]:
     """MEASURES of the encoder; of a run of the sweep, which must not see photographs or test images, only k-NN."""
-    encoder = ["--ckpt", folder / "r2o.pth"] if run.epochs else ["--ckpt", "random", "--arch", "tiny"]
+    encoder = ["--ckpt", folder / "r2o.pth"] if run.epochs else ["--ckpt", f"random:{run.seed}", "--arch", "tiny"]
 
     def result(kind: str, *program) -> dict:
         file = folder / f"{kind}.json"
@@ -115,6 +115,11 @@ def hold_out(args):
             for path in some:
                 if not (folder / path.name).is_symlink():
                     (folder / path.name).symlink_to(path)
+
+
+def commit() -> str:
+    program = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+    return subprocess.run(program, capture_output=True, text=True).stdout.strip()
 
 
 def machine(device: str) -> str:
@@ -185,8 +190,7 @@ def parse_args(argv):
 
 def work(args) -> int:
     if not args.report:
-        commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-        args.commit = commit.stdout.strip()  # now, and not when a run ends: files may change meanwhile
+        args.commit = commit()  # now, and not when a run ends: files may change meanwhile
         data = identify(args)
         hold_out(args)
         execute(rows.sweep_runs(), data, args, "sweep")

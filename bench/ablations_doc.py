@@ -37,9 +37,9 @@ def table(title: str, epochs: int, paper: dict[str, str], done: Done) -> list[st
     theirs = ["paper"] * any(paper.values())
     head = ["", *theirs, "seeds", *MEASURES.values()]
     lines = [f"## {title}, {epochs} epochs", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    compared = [row for row in paper if row not in ("r2o", "untrained")]
+    compared = [row for row in paper if row != "r2o"]
     for row, minus in [(row, "") for row in paper] + [(row, " − R2O") for row in compared]:
-        by_seed, seeds = figures(row, epochs, done), len(rows.SEEDS[epochs]) if row != "untrained" else 1
+        by_seed, seeds = figures(row, epochs, done), len(rows.SEEDS[epochs])
         found = len(differences(row, epochs, "k-NN", done)) if minus else len(by_seed)
         if not found:
             continue
@@ -89,16 +89,13 @@ def plot(epochs: int, names: list[str], done: Done, path: Path):
     figure.savefig(path, format="png", dpi=90)
 
 
-def footer(done: Done, swept: Done, runs: int, images: int) -> list[str]:
+def footer(done: Done, swept: Done, runs: int) -> list[str]:
     """The priors' own overlaps; how much has run, on what."""
-    lines = []
-    for run, x in done.items():
-        if run.row == "untrained":
-            lines.append(f"Best overlap of the priors themselves: SLIC {x['figures']['SLIC prior']:.3f}, ")
-            lines[-1] += f"grid {x['figures']['grid']:.3f}."
-    hours = sum(run.epochs * images / x["last epoch"]["images/s"] / 3600 for run, x in done.items() if run.epochs)
+    priors = next((x["figures"] for run, x in done.items() if run.row == "untrained"), None)
+    overlaps = f"SLIC {priors['SLIC prior']:.3f}, grid {priors['grid']:.3f}" if priors else "not run"
+    lines = [f"Best overlap of the priors themselves: {overlaps}."]
     about = sorted({f"{x['hardware']}, torch {x['versions']['torch']}" for x in (done | swept).values()})
-    said = f"{len(done)} of {runs} runs after the sweep are finished; they took {hours:.1f} hours, one by one"
+    said = f"{len(done)} of {runs} runs after the sweep are finished"
     return [*lines, f"{said}; hardware: {'; '.join(about) or 'none yet'}."]
 
 
@@ -121,7 +118,7 @@ def write(results: Path, doc: Path):
         if shown := [row for row in names if differences(row, epochs, "k-NN", done)]:
             plot(epochs, shown, done, path)
             lines += [f"![Paired differences to R2O after {epochs} epochs, a dot per seed]({path.name})", ""]
-    lines += footer(done, swept, len(runs), int(data["images"].split(",")[0]))
+    lines += footer(done, swept, len(runs))
     insert(doc, BEGIN, lines)
 
 

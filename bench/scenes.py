@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from ablations import ROOT, machine
+from ablations import ROOT, commit, machine
 from ablations_doc import insert, summary
 
 from runtime import cli, distributed
@@ -50,7 +50,8 @@ def measure(row: str, out: Path) -> dict:
         status = subprocess.run(program, cwd=ROOT, env=env, stdout=log, stderr=log).returncode
     need(status == 0, f"demo.py ended with status {status}, {folder}/log.txt says why")
     figures = json.loads((folder / "demo.json").read_text())
-    return {"flags": ROWS[row], "hardware": machine("cpu"), "torch": torch.__version__, "figures": figures}
+    about = {"flags": ROWS[row], "hardware": machine("cpu"), "torch": torch.__version__, "r2o": commit()}
+    return about | {"figures": figures}
 
 
 def table(results: dict[str, dict]) -> list[str]:

@@ -17,13 +17,13 @@ from runtime import cli
 from runtime.cli import Parser, count, need
 from runtime.images import read_image
 from runtime.pictures import paint, resize_labels
-from runtime.weights import load_encoder, read_weights
+from runtime.weights import load_encoder, random_seed, read_weights
 
 NO_FOREGROUND = "no mask has any foreground: expected values above 127, or ids above 0"
 
 
 def add_encoder_flags(p: Parser):
-    ckpt = "r2o.pth, last.pth, ResNet weights of torchvision, timm, MMSegmentation or Detectron2, or the word random"
+    ckpt = "r2o.pth, last.pth, weights of torchvision, timm, MMSegmentation or Detectron2, random, or random:SEED"
     p.add_argument("--ckpt", required=True, help=ckpt)
     p.add_argument("--arch", choices=r2o.ARCHS, help="encoder for --ckpt random (default: resnet50); files name theirs")
 
@@ -43,7 +43,7 @@ def calibrated_encoder(ckpt: str, arch, batches, device, network: str = "online"
     """--ckpt's encoder on `device`, and a line about it. batches: of normalized images, to calibrate a random one."""
     encoder, line = load_encoder(ckpt, arch, network)
     encoder = encoder.to(device)
-    if ckpt == "random":
+    if random_seed(ckpt) is not None:
         line += ", batch norm statistics measured on these images"
         calibrate(encoder, (images.to(device) for images in batches))
     return encoder, line
@@ -89,7 +89,7 @@ def open_checkpoints(ckpt: str, arch, images: list, size: int, device, network: 
         need(paths, f"no epoch_*.pth or {last} in {ckpt}: train with --keep-every 10, say")
     found = {}
     for path in paths:
-        file = {} if path == "random" else read_weights(path, arch, network)
+        file = {} if random_seed(path) is not None else read_weights(path, arch, network)
         epoch, args, k = file.get("epoch"), file.get("args"), None
         if epoch is not None and "k_start" in args and args.get("masks") != "prior":
             names = ("epochs", "k_start", "k_end", "hold_epochs", "schedule")

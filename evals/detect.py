@@ -249,7 +249,7 @@ def detect(args) -> int:
     same = val.names.items() <= data.names.items()
     need(same, f"{val_file} lists categories that {file} lacks or names otherwise: correct one of them")
     need(len(data), f"{file} has no objects to train on that are not crowds")
-    is_papers_data = len(val) == 5_000 and len(val.categories) == 80
+    is_coco = len(val) == 5_000 and len(val.categories) == 80
     val.categories = data.categories  # the evaluation images may have fewer
     vit = finetune.arch_of(args) == "vit_b"
     rates = ([3e-4], [3e-4]) if vit else ([0.1], [0.003, 0.1, 0.3])
@@ -257,13 +257,15 @@ def detect(args) -> int:
     args.weight_decay = (0.1 if vit else 4e-5) if args.weight_decay is None else args.weight_decay
     steps = finetune.steps_of(vars(args), len(data))
     args.warmup = min(1000, steps // 10) if args.warmup is None and args.epochs != 0 else args.warmup
-    task = f"{f'COCO {args.val_split}' if is_papers_data else val_file}, {len(val)} images, Mask R-CNN"
+    task = f"{f'COCO {args.val_split}' if is_coco else val_file}, {len(val)} images, Mask R-CNN"
     task += f", {args.epochs} epochs" if args.epochs else ""
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     settings = {"data": digest, "size": args.size, "split": args.split, "warmup": args.warmup}
-    more = {"images": len(val), "epochs": args.epochs, "val split": args.val_split} | settings
+    more = {"images": len(val), "training images": len(data), "val split": args.val_split, "epochs": args.epochs}
+    more |= settings
     measured = partial(train_and_measure, data=data, val=val)
     paper = PAPER[args.schedule] if not vit else VIT if args.schedule == "1x" else "none for 2x"
+    is_papers_data = is_coco and len(data) == 117_266  # those of train2017 with objects that are not crowds
     return finetune.sweep(args, settings, measured, task, paper, is_papers_data, more)
 
 

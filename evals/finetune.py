@@ -26,7 +26,7 @@ from runtime.cli import Parser, UsageError, count, natural, need, number, rate
 from runtime.loader import Batches, load_batches
 from runtime.pictures import film_strip, paint, resize_labels
 from runtime.storage import lock_output, make_folder, save_or_warn, write_json
-from runtime.weights import load_encoder, read_weights
+from runtime.weights import load_encoder, random_seed, read_weights
 
 
 class Stopped(Exception):
@@ -175,7 +175,8 @@ def fit(
 
 def arch_of(args) -> str:
     """What --ckpt holds."""
-    return args.arch or "resnet50" if args.ckpt == "random" else read_weights(args.ckpt, args.arch)["arch"]
+    untrained = random_seed(args.ckpt) is not None
+    return args.arch or "resnet50" if untrained else read_weights(args.ckpt, args.arch)["arch"]
 
 
 def training_encoder(args) -> tuple[nn.Module, str, str]:

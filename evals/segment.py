@@ -54,11 +54,12 @@ def parse_args(argv):
 
 class FCN(nn.Module):
     """A.2: conv5 with dilation 2 and stride 1; two 3 x 3 convolutions of 256 channels and dilation 6 with batch norm
-    and ReLU; dropout; a 1 x 1 convolution to the classes. (B, 3, h, w) normalized -> logits (B, classes, h, w)."""
+    and ReLU; dropout; a 1 x 1 convolution to the classes; interpolation. (B, 3, h, w) normalized -> logits (B, classes,
+    h, w)."""
 
-    def __init__(self, encoder: nn.Module, classes: int):
+    def __init__(self, encoder: nn.Module, classes: int, align_corners: bool = False):
         super().__init__()
-        self.encoder = dilate(encoder)
+        self.encoder, self.align_corners = dilate(encoder), align_corners
         layers, cin = [], r2o.channels(encoder.layer4)
         for _ in range(2):
             layers += [nn.Conv2d(cin, 256, 3, padding=6, dilation=6, bias=False), nn.BatchNorm2d(256), nn.ReLU(True)]
@@ -70,7 +71,10 @@ class FCN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = F.dropout2d(self.head[:-1](r2o.encode(self.encoder, x)), 0.1, self.training)
-        return F.interpolate(self.head[-1](features), x.shape[-2:], mode="bilinear")
+        return self.interpolate(self.head[-1](features), x.shape[-2:])
+
+    def interpolate(self, scores: Tensor, shape) -> Tensor:
+        return F.interpolate(scores, tuple(shape), mode="bilinear", align_corners=self.align_corners)
 
 
 def dilate(encoder: nn.Module) -> nn.Module:
@@ -100,7 +104,7 @@ def measure(model: nn.Module, scenes: Scenes, classes: int, workers: int, title:
         x = r2o.normalize(image[None].to(device))
         if scenes.shape:
             x = F.interpolate(x, scenes.shape, mode="bilinear", antialias=True)
-        scores = F.interpolate(model(x), label.shape, mode="bilinear")  # nothing to do unless scenes.shape is given
+        scores = model.interpolate(model(x), label.shape)  # nothing to do unless scenes.shape is given
         predicted = scores.argmax(1)[0].cpu()
         pixels += confusion(predicted, label, classes, VOID)
         if len(shown) < 6:
@@ -116,7 +120,7 @@ def train_and_measure(run: finetune.Run, recipe: Recipe, train: list, val: Scene
     args, names = run.args, recipe.names
     encoder, line, fingerprint = finetune.training_encoder(args)
     torch.manual_seed(run.seed)
-    model = distributed.to_device(FCN(encoder, len(names)))
+    model = distributed.to_device(FCN(encoder, len(names), recipe.align_corners))
     scenes = Scenes(train, recipe, args.crop, args.scales, run.seed)
     finetune.fit(run, model, fingerprint, scenes, pixel_loss, drops=(0.7, 0.9))
     pixels, shown = measure(model, val, len(names), args.workers, f"{run.out}, evaluating")
@@ -139,11 +143,13 @@ def segment(args) -> int:
     steps = None if recipe.epochs else 30_000
     finetune.recipe(args, list(recipe.lr), list(recipe.sweep), epochs=recipe.epochs, steps=steps)
     settings = {"data": recipe.key, "crop": args.crop, "scales": args.scales}
-    more = {"data": recipe.title, "images": len(val), "split": args.split, "val split": args.val_split}
-    more |= {"classes": recipe.names, "epochs": args.epochs, "steps": args.steps}
-    task = f"{recipe.title} {args.val_split}, {len(val)} images, FCN"
+    more = {"data": recipe.title, "images": len(val), "training images": len(train)}
+    more |= {"split": args.split, "val split": args.val_split, "classes": recipe.names}
+    more |= {"epochs": args.epochs, "steps": args.steps}
+    task = f"{recipe.title} {args.val_split}, {len(val)} images, FCN trained on {len(train)}"
+    is_papers_data = (len(train), len(val)) == recipe.images
     measured = functools.partial(train_and_measure, recipe=recipe, train=train, val=Scenes(val, recipe))
-    return finetune.sweep(args, settings, measured, task, f"mIoU {recipe.paper}", len(val) == recipe.images, more)
+    return finetune.sweep(args, settings, measured, task, f"mIoU {recipe.paper}", is_papers_data, more)
 
 
 def main(argv=None):

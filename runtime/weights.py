@@ -34,15 +34,25 @@ CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3
 COUNTER = "num_batches_tracked"  # of batch norm; torchvision's older files lack it, and nothing here reads it
 
 
+def random_seed(ckpt: str | Path) -> int | None:
+    """The seed of "random:SEED", 0 of "random"; None of a file."""
+    kind, _, seed = str(ckpt).partition(":")
+    if kind != "random":
+        return None
+    need(seed.isdecimal() or ckpt == kind, f"--ckpt {ckpt}: expected random, or random:1 for another seed")
+    return int(seed or 0)
+
+
 def load_encoder(ckpt: str | Path, arch: str | None = None, network: str = "online") -> tuple[nn.Module, str]:
     """An encoder in eval mode, and a line that describes it.
 
-    ckpt: a file that read_weights() reads, or "random". arch: the encoder to expect (default: read from the file;
-    resnet50 for "random"). network: "online" or "target". Raises UsageError for what read_weights() refuses.
+    ckpt: a file that read_weights() reads, "random", or "random:SEED" for the initial weights of train.py --seed SEED.
+    arch: the encoder to expect (default: read from the file; resnet50 for "random"). network: "online" or "target".
+    Raises UsageError for what read_weights() refuses.
     """
-    if str(ckpt) == "random":
+    if (seed := random_seed(ckpt)) is not None:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             return r2o.build_encoder(arch or "resnet50").eval(), f"{arch or 'resnet50'}, randomly initialized"
     file = read_weights(ckpt, arch, network)
     appended = file["arch"] != "vit_b" or any(name.startswith(APPENDED) for name in file["state_dict"])

@@ -203,6 +203,16 @@ def test_the_paper_s_figure_is_printed_for_cub_only(cub, tmp_path, capsys):
     assert "| paper: none for this data |" in capsys.readouterr().out
 
 
+def test_random_weights_are_those_that_training_with_this_seed_starts_from(refused, pairs):
+    for ckpt, seed in (("random", 0), ("random:3", 3)):
+        torch.manual_seed(seed)
+        start = r2o.R2O("tiny", hidden=16, dim=8).online["encoder"].state_dict()
+        found = load_encoder(ckpt, "tiny")[0].state_dict()
+        assert all(torch.equal(found[name], x) for name, x in start.items())
+    said = refused("--ckpt", "random:x", "--data", pairs / "images", pairs / "masks")
+    assert "--ckpt random:x: expected random, or random:1 for another seed" in said
+
+
 def test_the_spread_over_starts_of_k_means_is_printed(pairs, tmp_path, capsys):
     flags = ["--ckpt", "random", "--arch", "tiny", "--data", pairs / "images", pairs / "masks"]
     one, three = (evaluate(tmp_path, *flags, *more) for more in (["--kmeans-seeds", 1], []))

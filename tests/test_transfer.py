@@ -48,6 +48,14 @@ def test_the_fcn_follows_a_2(arch, width, monkeypatch):
         assert dropped == [(0.1, True)]
 
 
+def test_cells_of_cityscapes_crops_stay_where_the_strides_put_them():
+    """Cell i of 769 = 48 x 16 + 1 pixels is centered at pixel 16 i; the authors' VOC configuration does not align."""
+    assert scenes.CITYSCAPES.align_corners and not scenes.VOC.align_corners
+    fcn = segment.FCN(r2o.build_encoder("resnet18"), 2, scenes.CITYSCAPES.align_corners)
+    scores = torch.rand(1, 2, 49, 49)
+    torch.testing.assert_close(fcn.interpolate(scores, (769, 769))[..., ::16, ::16], scores)
+
+
 def test_a_dilated_block_has_the_original_outputs_at_every_other_cell():
     """At stride 1 with dilation 2, every other cell of conv5's output is what it was (its first block apart)."""
     torch.manual_seed(0)
@@ -295,9 +303,11 @@ def test_the_paper_s_figure_is_printed_for_its_own_data_only(shapes, tmp_path, m
     flags = [*SEGMENT, "--data", shapes, "--out", tmp_path, "--seeds", 0, "--lr", 0.05, "--epochs", 1]
     segment.main([str(f) for f in flags])
     assert "| paper: none for this data |" in capsys.readouterr().out
-    monkeypatch.setattr(scenes.VOC, "images", 4)  # of val
-    segment.main([str(f) for f in flags])
-    assert "| paper: mIoU 77.3 (Table 1)" in capsys.readouterr().out
+    trained = results(tmp_path)["training images"]
+    for images, found in (((trained + 1, 4), "none for this data"), ((trained, 4), "mIoU 77.3 (Table 1)")):
+        monkeypatch.setattr(scenes.VOC, "images", images)  # of training, as without --sbd, and val
+        segment.main([str(f) for f in flags])
+        assert f"| paper: {found}" in capsys.readouterr().out
 
 
 def test_a_diverging_learning_rate_does_not_end_the_sweep(shapes, tmp_path, capsys, refused_segment):
@@ -419,6 +429,9 @@ def test_images_of_one_size_are_scaled_from_another_and_measured_at_their_labels
             scores = torch.zeros(1, 21, *x.shape[2:])
             scores[:, 5, :, : x.shape[3] // 2] = 1
             return scores
+
+        def interpolate(self, scores, shape):
+            return torch.nn.functional.interpolate(scores, shape, mode="bilinear")
 
     pixels, _ = segment.measure(Left(), data, 21, 0, "")
     assert seen == [(1, 3, 96, 160)] * 4
@@ -575,7 +588,7 @@ def test_own_labels_are_trained_on_under_their_names(own, tmp_path, capsys):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "every fifth image (4) is held out for evaluation" in done.stdout
-    assert f"| {own} val, 4 images, FCN |" in done.stdout and "| paper: none for this data |" in done.stdout
+    assert f"| {own} val, 4 images, FCN trained on 12 |" in done.stdout and "| paper: none" in done.stdout
     found = results(tmp_path / "out")
     assert (
         found["classes"] == ["ground", "bowl of soup"]
