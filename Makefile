@@ -36,7 +36,6 @@ bench: build/done .venv/peers-$(DEVICE)
 	touch $@
 
 gpu:
-	FORCE_CUDA=1 $(or $(wildcard $(PY)),$(PYTHON)) setup.py -q build_ext --inplace
 	$(or $(wildcard $(PY)),$(PYTHON)) bench/gpu.py $(if $(STAGE),--stage $(STAGE)) $(GPU)
 
 emulate: build/done

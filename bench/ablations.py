@@ -1,6 +1,6 @@
 """Does it work? Tables 4, 7 and 9 of the paper, at a scale that two cores can repeat.
 
-    python bench/ablations.py --data tiny-imagenet-100 --photos CUB_200_2011      # every figure of docs/ablations.md
+    python bench/ablations.py --data tiny-imagenet-100 --photos CUB_200_2011   # all of docs/ablations.md but the scenes
     python bench/ablations.py --report      # only write the document again, from the results so far
 
 Sweeps the learning rate, trains every row with every seed, as many at a time as there are cores and with one thread

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from ablations import ROOT, commit, machine
 from ablations_doc import insert, summary
 
+import demo
 from runtime import cli, distributed
 from runtime.cli import need
 from runtime.storage import make_folder, write_json
@@ -50,7 +51,7 @@ def measure(row: str, out: Path) -> dict:
         status = subprocess.run(program, cwd=ROOT, env=env, stdout=log, stderr=log).returncode
     need(status == 0, f"demo.py ended with status {status}, {folder}/log.txt says why")
     figures = json.loads((folder / "demo.json").read_text())
-    about = {"flags": ROWS[row], "hardware": machine("cpu"), "torch": torch.__version__, "r2o": commit()}
+    about = {"flags": ROWS[row], "K-means starts": demo.STARTS, "hardware": machine("cpu"), "torch": torch.__version__}
     return about | {"figures": figures}
 
 
@@ -77,12 +78,17 @@ def main():
     args = p.parse_args()
     out, file = args.out.absolute(), args.results.absolute()
     done = json.loads(file.read_text()) if file.exists() else {}
-    done = {row: x for row, x in done.items() if x["flags"] == ROWS.get(row)}
+    done = {row: x for row, x in done.items() if (x["flags"], x["K-means starts"]) == (ROWS.get(row), demo.STARTS)}
+    now = {"r2o": commit()}
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         jobs = {pool.submit(measure, row, out): row for row in ROWS if row not in done}
-        for job in cli.bar(concurrent.futures.as_completed(jobs), "rows", total=len(jobs)):
-            done[jobs[job]] = job.result()
-            write_json(file, {row: done[row] for row in ROWS if row in done})
+        try:
+            for job in cli.bar(concurrent.futures.as_completed(jobs), "rows", total=len(jobs)):
+                done[jobs[job]] = job.result() | now
+                write_json(file, {row: done[row] for row in ROWS if row in done})
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     insert(args.doc, BEGIN, table(done))
 
 

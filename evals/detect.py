@@ -41,6 +41,7 @@ from runtime.images import PackedList, read_image
 from runtime.storage import write_json
 
 EPOCHS = {"1x": 12, "2x": 24}
+COCO = 5_000, 80, 117_266  # images of val2017, categories, images of train2017 with objects that are not crowds
 PAPER = {
     "1x": "Table 1: box AP 41.7, mask AP 38.3 (± 0.02, 0.07, Table 6)",
     "2x": "Table 1: box AP 43.0, mask AP 39.3",
@@ -249,7 +250,7 @@ def detect(args) -> int:
     same = val.names.items() <= data.names.items()
     need(same, f"{val_file} lists categories that {file} lacks or names otherwise: correct one of them")
     need(len(data), f"{file} has no objects to train on that are not crowds")
-    is_coco = len(val) == 5_000 and len(val.categories) == 80
+    sizes = len(val), len(val.categories), len(data)
     val.categories = data.categories  # the evaluation images may have fewer
     vit = finetune.arch_of(args) == "vit_b"
     rates = ([3e-4], [3e-4]) if vit else ([0.1], [0.003, 0.1, 0.3])
@@ -257,7 +258,7 @@ def detect(args) -> int:
     args.weight_decay = (0.1 if vit else 4e-5) if args.weight_decay is None else args.weight_decay
     steps = finetune.steps_of(vars(args), len(data))
     args.warmup = min(1000, steps // 10) if args.warmup is None and args.epochs != 0 else args.warmup
-    task = f"{f'COCO {args.val_split}' if is_coco else val_file}, {len(val)} images, Mask R-CNN"
+    task = f"{f'COCO {args.val_split}' if sizes[:2] == COCO[:2] else val_file}, {len(val)} images, Mask R-CNN"
     task += f", {args.epochs} epochs" if args.epochs else ""
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     settings = {"data": digest, "size": args.size, "split": args.split, "warmup": args.warmup}
@@ -265,8 +266,7 @@ def detect(args) -> int:
     more |= settings
     measured = partial(train_and_measure, data=data, val=val)
     paper = PAPER[args.schedule] if not vit else VIT if args.schedule == "1x" else "none for 2x"
-    is_papers_data = is_coco and len(data) == 117_266  # those of train2017 with objects that are not crowds
-    return finetune.sweep(args, settings, measured, task, paper, is_papers_data, more)
+    return finetune.sweep(args, settings, measured, task, paper, sizes == COCO, more)
 
 
 def main(argv=None):

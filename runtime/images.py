@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as TF
@@ -25,12 +25,12 @@ DAMAGE = (ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBo
 def read_image(path: str | Path) -> Tensor:
     """Any image file as uint8 RGB (3, h, w), EXIF applied; an animation's first frame. Raises OSError if it is damaged
     or has more than 179 million pixels, Pillow's limit."""
-    data = bytearray(Path(path).read_bytes())  # opened once: a network disk may take long for each
+    data = Path(path).read_bytes()  # opened once: a network disk may take long for each
     try:
         with Image.open(io.BytesIO(data)) as file:
             if file.format != "GIF":  # damaged ones crash torchvision (pytorch/vision issue 9551)
                 try:
-                    code = torch.frombuffer(data, dtype=torch.uint8)
+                    code = torch.frombuffer(bytearray(data), dtype=torch.uint8)
                     image = decode_image(code, ImageReadMode.RGB, apply_exif_orientation=True)
                     return image if image.dtype == torch.uint8 else (image.int() // 257).to(torch.uint8)  # 16-bit PNG
                 except RuntimeError:  # a format that torchvision does not read (BMP, TIFF, …), or damaged
@@ -38,6 +38,8 @@ def read_image(path: str | Path) -> Tensor:
             if file.mode[0] in "IF":
                 raise OSError(f"{file.mode} pixels: save it with 8 bits a channel")
             return TF.pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
+    except UnidentifiedImageError:
+        raise OSError("not an image, or of an unknown format") from None
     except DAMAGE as e:
         raise OSError(f"{type(e).__name__}: {e}") from None
 

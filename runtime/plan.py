@@ -164,7 +164,7 @@ def check_memory(model: r2o.R2O, args, started: bool = False, quiet: bool = Fals
     rank, world, device = distributed.place()
     share, have = args.batch_size // world // args.accum, memory_of(device)
     needed = training_memory(model, share, args.size, device)
-    fits = f"about {size_of(needed)} for {share} images at a time, of {size_of(have)}"
+    fits = f"about {size_of(needed)} for {share} images at a time, and a tenth to spare, of {size_of(have)}"
     if needed > 0.9 * have:  # of which other programs, and fragments, take some
         accum = fitting_accum(model, share, args.size, device)
         mend = f"pass --accum {args.accum * accum}" if accum else "pass a lower --size or another --arch"
@@ -188,7 +188,8 @@ def training_memory(model: r2o.R2O, images: int, size: int, device: torch.device
     passes, of two views and of the image, three of the largest; and a contrastive objective's matrices of sampled masks
     by keys."""
     kept = []
-    encoder = r2o.build_encoder(model.online["encoder"].arch)  # not the model's: synchronized batch norm would wait
+    with torch.random.fork_rng(devices=[]):  # not the model's encoder: synchronized batch norm would wait
+        encoder = r2o.build_encoder(model.online["encoder"].arch)
     encoder.to(device, memory_format=torch.channels_last)
     for views in (2, 4):
         x = torch.zeros(views, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)

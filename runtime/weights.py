@@ -36,10 +36,11 @@ COUNTER = "num_batches_tracked"  # of batch norm; torchvision's older files lack
 
 def random_seed(ckpt: str | Path) -> int | None:
     """The seed of "random:SEED", 0 of "random"; None of a file."""
-    kind, _, seed = str(ckpt).partition(":")
+    kind, colon, seed = str(ckpt).partition(":")
     if kind != "random":
         return None
-    need(seed.isdecimal() or ckpt == kind, f"--ckpt {ckpt}: expected random, or random:1 for another seed")
+    valid = not colon or (seed.isdecimal() and int(seed) < 2**31)
+    need(valid, f"--ckpt {ckpt}: expected random, or random:1 for another seed")
     return int(seed or 0)
 
 
@@ -53,7 +54,8 @@ def load_encoder(ckpt: str | Path, arch: str | None = None, network: str = "onli
     if (seed := random_seed(ckpt)) is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return r2o.build_encoder(arch or "resnet50").eval(), f"{arch or 'resnet50'}, randomly initialized"
+            line = f"{arch or 'resnet50'}, randomly initialized{f' (seed {seed})' * (seed > 0)}"
+            return r2o.build_encoder(arch or "resnet50").eval(), line
     file = read_weights(ckpt, arch, network)
     appended = file["arch"] != "vit_b" or any(name.startswith(APPENDED) for name in file["state_dict"])
     net = r2o.build_encoder(file["arch"]) if appended else r2o_vit.ViT(appended=False)

@@ -209,8 +209,10 @@ def test_random_weights_are_those_that_training_with_this_seed_starts_from(refus
         start = r2o.R2O("tiny", hidden=16, dim=8).online["encoder"].state_dict()
         found = load_encoder(ckpt, "tiny")[0].state_dict()
         assert all(torch.equal(found[name], x) for name, x in start.items())
-    said = refused("--ckpt", "random:x", "--data", pairs / "images", pairs / "masks")
-    assert "--ckpt random:x: expected random, or random:1 for another seed" in said
+    assert load_encoder("random:3", "tiny")[1] == "tiny, randomly initialized (seed 3)"
+    for ckpt in ("random:x", f"random:{2**31}", "random:"):
+        said = refused("--ckpt", ckpt, "--data", pairs / "images", pairs / "masks")
+        assert f"--ckpt {ckpt}: expected random, or random:1 for another seed" in said
 
 
 def test_the_spread_over_starts_of_k_means_is_printed(pairs, tmp_path, capsys):

@@ -25,7 +25,9 @@ def programme(monkeypatch, tmp_path):
         less = 0 if row == scenes.FULL else 0.1
         trained = [[x - less, 0.3, 0.2] for x in (0.5, 0.6, 0.7)]
         figures = {"SLIC prior": [[0.3, 0.2, 0.2]], "random encoder": [[0.4, 0.2, 0.1]] * 3, "trained encoder": trained}
-        return {"flags": scenes.ROWS[row], "figures": figures}
+        if row == "BYOL" and "fails" in called:
+            raise UsageError("demo.py ended with status 1")
+        return {"flags": scenes.ROWS[row], "K-means starts": scenes.demo.STARTS, "figures": figures}
 
     monkeypatch.setattr(scenes, "measure", measure)
     file, doc = tmp_path / "scenes.json", tmp_path / "doc.md"
@@ -34,17 +36,25 @@ def programme(monkeypatch, tmp_path):
     return called, file, doc
 
 
-def test_a_rerun_runs_rows_that_are_missing_or_have_other_flags(programme):
+def test_a_rerun_runs_rows_that_are_missing_or_were_measured_otherwise(programme):
     called, file, _ = programme
     scenes.main()
     assert called == [*scenes.ROWS]
     results = json.loads(file.read_text())
-    results["BYOL"]["flags"] = "--lr 9"
+    results["BYOL"]["flags"], results["masks of SLIC"]["K-means starts"] = "--lr 9", 1
     del results["fixed K = 16"]
     file.write_text(json.dumps(results))
     called.clear()
     scenes.main()
-    assert called == ["fixed K = 16", "BYOL"]
+    assert called == ["masks of SLIC", "fixed K = 16", "BYOL"]
+
+
+def test_a_row_that_fails_leaves_the_finished_ones(programme):
+    called, file, _ = programme
+    called.append("fails")
+    with pytest.raises(UsageError):
+        scenes.main()
+    assert [*json.loads(file.read_text())] == [*scenes.ROWS][: [*scenes.ROWS].index("BYOL")]
 
 
 def test_the_table_has_paired_differences_to_r2o(programme):

@@ -338,9 +338,9 @@ def test_the_memory_estimate_also_serves_synchronized_batch_norm(monkeypatch):
 
 def test_estimating_memory_has_no_side_effects():
     model = r2o.R2O("tiny", hidden=16, dim=8)
-    before = {name: x.clone() for name, x in model.state_dict().items()}
+    before, state = {name: x.clone() for name, x in model.state_dict().items()}, torch.get_rng_state()
     plan.training_memory(model, 8, 64, torch.device("cpu"))
-    assert same(before, dict(model.state_dict()))
+    assert same(before, dict(model.state_dict())) and torch.equal(state, torch.get_rng_state())
 
 
 def test_the_memory_estimate_matches_weights_and_saved_activations():

@@ -874,6 +874,11 @@ def test_a_detector_trains_resumes_and_is_measured(coco, few_boxes, tmp_path, mo
     detect.main(flags("whole"))
     printed = capsys.readouterr().out
     assert "| paper: none for this data |" in printed and "box AP" in printed
+    found = results(tmp_path / "whole")
+    for training, paper in ((found["training images"], "Table 1: box AP 41.7"), (117_266, "none for this data")):
+        monkeypatch.setattr(detect, "COCO", (found["images"], 2, training))
+        detect.main(flags("whole"))
+        assert f"| paper: {paper}" in capsys.readouterr().out
     stopped_after(monkeypatch, detect, 2, flags("parts"))
     detect.main(flags("parts"))
     whole, parts = (load(tmp_path / name / "lr0.01-seed0/last.pth") for name in ("whole", "parts"))
