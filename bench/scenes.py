@@ -21,7 +21,7 @@ from ablations_doc import insert, summary
 
 import demo
 from runtime import cli, distributed
-from runtime.cli import need
+from runtime.cli import UsageError, need
 from runtime.storage import make_folder, write_json
 
 SEEDS = (0, 1, 2)
@@ -79,16 +79,20 @@ def main():
     out, file = args.out.absolute(), args.results.absolute()
     done = json.loads(file.read_text()) if file.exists() else {}
     done = {row: x for row, x in done.items() if (x["flags"], x["K-means starts"]) == (ROWS.get(row), demo.STARTS)}
-    now = {"r2o": commit()}
+    now, failed = {"r2o": commit()}, []
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         jobs = {pool.submit(measure, row, out): row for row in ROWS if row not in done}
         try:
             for job in cli.bar(concurrent.futures.as_completed(jobs), "rows", total=len(jobs)):
-                done[jobs[job]] = job.result() | now
-                write_json(file, {row: done[row] for row in ROWS if row in done})
+                if isinstance(job.exception(), UsageError):  # the others go on
+                    failed.append(str(job.exception()))
+                else:
+                    done[jobs[job]] = job.result() | now
+                    write_json(file, {row: done[row] for row in ROWS if row in done})
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    need(not failed, "; ".join(failed))
     insert(args.doc, BEGIN, table(done))
 
 
