@@ -78,7 +78,7 @@ def main():
     args = p.parse_args()
     out, file = args.out.absolute(), args.results.absolute()
     done = json.loads(file.read_text()) if file.exists() else {}
-    done = {row: x for row, x in done.items() if (x["flags"], x["K-means starts"]) == (ROWS.get(row), demo.STARTS)}
+    done = {row: x for row, x in done.items() if (x["flags"], x.get("K-means starts")) == (ROWS.get(row), demo.STARTS)}
     now, failed = {"r2o": commit()}, []
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         jobs = {pool.submit(measure, row, out): row for row in ROWS if row not in done}
