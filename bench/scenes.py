@@ -37,6 +37,8 @@ ROWS = {  # flags of train.py, after demo.py's own
     "R2O, learning rate x K / 16": "--lr-k 16",
     "fixed K = 40, learning rate x 40 / 16": f"{FIXED} 40 --lr-k 16",
     "fixed K = 6, learning rate x 6 / 16": f"{FIXED} 6 --lr-k 16",
+    "R2O, --lr 2": "--lr 2",
+    "BYOL, --lr 2": f"{FIXED} 1 --k-end 1 --lr 2",
     "R2O, every image clustered by itself": "--kmeans-group 1",
 }
 BEGIN = "<!-- written by bench/scenes.py -->"
