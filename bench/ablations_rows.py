@@ -10,6 +10,7 @@ class Row(NamedTuple):
     title: str
     flags: str = ""  # of train.py, after BASE
     rates: str = "r2o"  # key in SWEPT: whose learning rate it takes
+    times: float = 1  # multiplies it
 
 
 # The paper's K / 4, but at least 6. DetCon's own prior finds 1.3 segments at 64 pixels: SLIC, 5 on average, instead.
@@ -21,6 +22,8 @@ ROWS = {
     "r2o": Row("R2O, K = 32 → 6"),
     "byol": Row("BYOL", f"{FIXED} 1 --k-end 1", "byol"),
     "byol-rate": Row("BYOL with R2O's learning rate", f"{FIXED} 1 --k-end 1"),
+    "byol-half": Row("BYOL with half of R2O's", f"{FIXED} 1 --k-end 1", times=0.5),
+    "r2o-half": Row("R2O with half its learning rate", times=0.5),
     "fixed-16": Row("fixed K = 16", f"{FIXED} 16"),
     "prior-slic": Row("masks of SLIC", "--masks prior"),
     "detcon": Row("DetCon_B, 5 superpixels", f"{DETCON} prior --segments 8", "contrastive"),
@@ -95,6 +98,8 @@ TABLES = {
         "odin": "–; 69.0 in Sec. 4.5",
         "byol": "",
         "byol-rate": "",
+        "r2o-half": "",
+        "byol-half": "",
         "detcon": "",
         "r2o-detcon": "",
     },
@@ -148,7 +153,12 @@ def programme(rates: dict[str, tuple[float, float]]) -> list[Run]:
     each = [(row, epochs, seed) for rows, epochs, seeds in parts for seed in seeds for row in rows]
     known = [x for x in each if ROWS[x[0]].rates in rates]
     untrained = [Run("untrained", 0, seed, 0, 0) for seed in seeds]
-    return [*untrained, *(Run(*x, *rates[ROWS[x[0]].rates]) for x in known)]
+
+    def run(name: str, epochs: int, seed: int) -> Run:
+        lr, lr_k = rates[ROWS[name].rates]
+        return Run(name, epochs, seed, lr * ROWS[name].times, lr_k)
+
+    return [*untrained, *(run(*x) for x in known)]
 
 
 def finished(runs: list[Run], results: Path, data: dict) -> dict[Run, dict]:

@@ -153,7 +153,7 @@ def test_the_sweep_chooses_the_best_rate_the_first_of_equals():
     assert rows.choose(swept) == {"r2o": (1, 0), "r2o x K": (0.5, 16), "byol": (2, 0), "contrastive": (8, 0)}
     by_row = {run.row: (run.lr, run.lr_k) for run in rows.programme(rows.choose(swept))}
     assert by_row["fixed-6"] == (1, 0) and by_row["byol"] == (2, 0) and by_row["odin"] == (8, 0)
-    assert by_row["k-rate"] == (0.5, 16)
+    assert by_row["k-rate"] == (0.5, 16) and by_row["byol-half"] == by_row["r2o-half"] == (0.5, 0)
     left = rows.choose({run: x for run, x in swept.items() if run != Run("detcon", rows.SWEEP, 0, 1, 0, sweep=True)})
     assert left.keys() == {"r2o", "r2o x K", "byol"}  # DetCon's sweep is not finished
     assert {run.row for run in rows.programme(left)} == rows.ROWS.keys() - {"detcon", "r2o-detcon", "ntxent", "odin"}
@@ -162,7 +162,7 @@ def test_the_sweep_chooses_the_best_rate_the_first_of_equals():
 def test_train_accepts_the_flags_of_every_run():
     runs = rows.programme({kind: (1, 0) for kind in rows.SWEPT})
     settings = {run: train.parse_args([*run.settings({})["train.py"].split(), "--data", "x"]) for run in runs[3:]}
-    assert len(settings) == 69 and {args.size for args in settings.values()} == {64}
+    assert len(settings) == 75 and {args.size for args in settings.values()} == {64}
     k = {run.row: (args.k_start, args.k_end, args.schedule) for run, args in settings.items()}
     assert k["r2o"] == (32, 6, "cosine") and k["rising"] == (6, 32, "cosine") and k["fixed-40"][::2] == (40, "constant")
     shown = {row for table in rows.TABLES.values() for row in table}
