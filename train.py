@@ -86,12 +86,8 @@ def parse_args(argv=None):
     add("--hold-epochs", type=natural, help="epochs at --k-start (default: 40/300 of --epochs; the paper on COCO: 8)")
     add("--schedule", default="cosine", choices=("cosine", "linear", "constant"), help="how K changes (A.6, Table 9)")
     add("--kmeans-group", type=count, default=32, help="images clustered together, at most; 1: each alone")
-    add(
-        "--assign",
-        default="pixel",
-        choices=("pixel", "region"),
-        help="what gets a cluster; region: the prior's outlines",
-    )
+    assign = "what is assigned to a cluster: C4's pixels, or the prior's regions, which have sharper outlines"
+    add("--assign", default="pixel", choices=("pixel", "region"), help=assign)
     add("--discovery-tau", type=number(float, 0, 1), help="momentum of the network that draws Odin's masks")
     args = p.parse_args(argv)
     args.hold_epochs = round(args.epochs * 40 / 300) if args.hold_epochs is None else args.hold_epochs
@@ -189,7 +185,7 @@ def build(args, num_regions: int) -> tuple[r2o.R2O, nn.Module, r2o.LARS]:
 
 
 def resume(checkpoint: Checkpoint, args, data: ImageRegions, model, optimizer, progress: Progress, report: Report):
-    """Load what OUT holds, if anything, on all ranks."""
+    """Load what OUT holds, if anything, on all ranks; refuse images that are not rank 0's."""
     header = {"args": vars(args), "names": data.images.names_hash, "images": len(data)}
     own = header["names"], len(data), data.num_regions
     others = f"rank {distributed.place().rank} sees other images than rank 0, or {len(data)} that can be read"

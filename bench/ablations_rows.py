@@ -22,7 +22,7 @@ ROWS = {
     "r2o": Row("R2O, K = 32 → 6"),
     "byol": Row("BYOL", f"{FIXED} 1 --k-end 1", "byol"),
     "byol-rate": Row("BYOL with R2O's learning rate", f"{FIXED} 1 --k-end 1"),
-    "byol-half": Row("BYOL with half of R2O's", f"{FIXED} 1 --k-end 1", times=0.5),
+    "byol-half": Row("BYOL with half of R2O's learning rate", f"{FIXED} 1 --k-end 1", times=0.5),
     "r2o-half": Row("R2O with half its learning rate", times=0.5),
     "fixed-16": Row("fixed K = 16", f"{FIXED} 16"),
     "prior-slic": Row("masks of SLIC", "--masks prior"),

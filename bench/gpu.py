@@ -252,7 +252,11 @@ def main(argv=None) -> int:
 
 def run_stages(flags: list[str], stages: list[str], seconds: int) -> int:
     """Build r2o_C; run each stage in its own session, which is ended as a whole if it takes too long."""
-    call(sys.executable, "setup.py", "-q", "build_ext", "--inplace", FORCE_CUDA="1")
+    try:
+        call(sys.executable, "setup.py", "-q", "build_ext", "--inplace", FORCE_CUDA="1")
+    except Failed as e:
+        print(e)
+        return 1
     failed = []
     for stage in stages:
         command = [sys.executable, __file__, *flags, "--stage", stage, "--here"]
