@@ -26,6 +26,11 @@ def figures(row: str, epochs: int, done: Done) -> dict[int, dict[str, float]]:
     return {run.seed: x["figures"] for run, x in done.items() if run.row == row and run.epochs in (epochs, 0)}
 
 
+def rate(row: str, epochs: int, done: Done) -> str:
+    run = next(run for run in done if run.row == row and run.epochs in (epochs, 0))
+    return f"{run.lr:g}" + f" x K / {run.lr_k:g}" * bool(run.lr_k) if run.epochs else ""
+
+
 def differences(row: str, epochs: int, measure: str, done: Done) -> list[float]:
     """Differences to full R2O with the same seed and epochs."""
     ours, full = figures(row, epochs, done), figures("r2o", epochs, done)
@@ -35,7 +40,7 @@ def differences(row: str, epochs: int, measure: str, done: Done) -> list[float]:
 def table(title: str, epochs: int, paper: dict[str, str], done: Done) -> list[str]:
     """Markdown of figures, then of paired differences, for rows that have any. paper: the paper's figures, by row."""
     theirs = ["paper"] * any(paper.values())
-    head = ["", *theirs, "seeds", *MEASURES.values()]
+    head = ["", *theirs, "lr", "seeds", *MEASURES.values()]
     lines = [f"## {title}, {epochs} epochs", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     compared = [row for row in paper if row != "r2o"]
     for row, minus in [(row, "") for row in paper] + [(row, " − R2O") for row in compared]:
@@ -44,6 +49,7 @@ def table(title: str, epochs: int, paper: dict[str, str], done: Done) -> list[st
         if not found:
             continue
         cells = [rows.ROWS[row].title + minus, *["" if minus else paper[row] for _ in theirs]]
+        cells.append("" if minus else rate(row, epochs, done))
         cells.append(f"{seeds}" if found == seeds else f"**{found} of {seeds}**")
         for measure in MEASURES:
             values = [by_seed[seed][measure] for seed in sorted(by_seed)]
