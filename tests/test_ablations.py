@@ -163,7 +163,7 @@ def test_the_sweep_chooses_the_best_rate_the_first_of_equals():
 def test_train_accepts_the_flags_of_every_run():
     runs = rows.programme({kind: (1, 0) for kind in rows.SWEPT})
     settings = {run: train.parse_args([*run.settings({})["train.py"].split(), "--data", "x"]) for run in runs[3:]}
-    assert len(settings) == 96 and {args.size for args in settings.values()} == {64}
+    assert len(settings) == 99 and {args.size for args in settings.values()} == {64}
     k = {run.row: (args.k_start, args.k_end, args.schedule) for run, args in settings.items()}
     assert k["r2o"] == (32, 6, "cosine") and k["rising"] == (6, 32, "cosine") and k["fixed-40"][::2] == (40, "constant")
     shown = {row for table in rows.TABLES.values() for row in table}
@@ -203,7 +203,8 @@ def test_the_document_has_every_row_and_keeps_the_text_around_its_tables(
     assert text.startswith("Before.\n") and text.endswith("\n\nAfter.\n") and "old" not in text
     assert "## All, 1 epochs" in text and "## Empty" not in text
     assert (
-        "| grid prior, K = 32 → 6 | 77.6 | 2 | **1 of 2** |" in text and "| untrained, batch norm calibrated |  | 2 |" in text
+        "| grid prior, K = 32 → 6 | 77.6 | 2 | **1 of 2** |" in text
+        and "| untrained, batch norm calibrated |  | 2 |" in text
     )
     assert "Best overlap of the priors themselves: SLIC 0.250, grid 0.250." in text and "9 of 10 runs" in text
     for epochs in (1, 2):
