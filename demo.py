@@ -35,7 +35,7 @@ SIDE, GROUP = 64, 32  # pixels of a scene; images clustered together
 STARTS = 3  # of K-means, to average over
 K_START, K_END, EPOCHS = 32, 6, 16
 RECIPE = f"--arch tiny --size {SIDE} --epochs {EPOCHS} --batch-size 64 --hidden 512 --dim 64 --workers 1 --keep-every 4"
-RECIPE += f" --lr 1 --lr-k 0 --k-start {K_START} --k-end {K_END}"
+RECIPE += f" --lr 2 --lr-k 0 --k-start {K_START} --k-end {K_END}"
 
 
 def tints(rng) -> np.ndarray:

@@ -26,7 +26,7 @@ from runtime.storage import make_folder, write_json
 
 SEEDS = (0, 1, 2)
 MEASURES = ("foreground IoU", "overlap, K = 6, pixel", "overlap, K = 6, region")  # the columns of demo.json
-FULL, FIXED = "R2O, K = 32 → 6", "--schedule constant --k-start"
+FULL, FIXED, LOW = "R2O, K = 32 → 6", "--schedule constant --k-start", ", --lr 1"
 ROWS = {  # flags of train.py, after demo.py's own
     FULL: "",
     "masks of SLIC": "--masks prior",
@@ -34,11 +34,11 @@ ROWS = {  # flags of train.py, after demo.py's own
     "fixed K = 16": f"{FIXED} 16",
     "fixed K = 6": f"{FIXED} 6",
     "BYOL": f"{FIXED} 1 --k-end 1",
-    "R2O, learning rate x K / 16": "--lr-k 16",
-    "fixed K = 40, learning rate x 40 / 16": f"{FIXED} 40 --lr-k 16",
-    "fixed K = 6, learning rate x 6 / 16": f"{FIXED} 6 --lr-k 16",
-    "R2O, --lr 2": "--lr 2",
-    "BYOL, --lr 2": f"{FIXED} 1 --k-end 1 --lr 2",
+}
+ROWS |= {row + LOW: f"{flags} --lr 1".strip() for row, flags in ROWS.items()}  # half of demo.py's
+ROWS |= {
+    f"R2O, rate x K / 16{LOW}": "--lr 1 --lr-k 16",
+    f"fixed K = 40, rate x 40 / 16{LOW}": f"{FIXED} 40 --lr 1 --lr-k 16",
     "R2O, every image clustered by itself": "--kmeans-group 1",
 }
 BEGIN = "<!-- written by bench/scenes.py -->"
@@ -58,14 +58,15 @@ def measure(row: str, out: Path) -> dict:
 
 
 def table(results: dict[str, dict]) -> list[str]:
-    """Markdown: means ± sample standard deviations; the differences are paired by seed."""
+    """Markdown: means ± sample standard deviations; the differences to R2O at the same --lr are paired by seed."""
     lines = [f"| | flags | {' | '.join(MEASURES)} | foreground IoU − R2O's |", "|---" * 6 + "|"]
     rows = {row: (results[row]["flags"], results[row]["figures"]["trained encoder"]) for row in ROWS if row in results}
     rows["untrained, batch norm calibrated"] = ("", results[FULL]["figures"]["random encoder"])
     for row, (flags, runs) in rows.items():
         cells = [row, f"`{flags}`" if flags else "", *(summary(list(x), 3) for x in zip(*runs, strict=True))]
-        pairs = [a[0] - b[0] for a, b in zip(runs, rows[FULL][1], strict=True)]
-        lines.append(f"| {' | '.join(cells)} | {'' if row == FULL else summary(pairs, 3, '+')} |")
+        full = FULL + LOW * row.endswith(LOW)
+        pairs = [a[0] - b[0] for a, b in zip(runs, rows[full][1], strict=True)]
+        lines.append(f"| {' | '.join(cells)} | {'' if row == full else summary(pairs, 3, '+')} |")
     prior = [f"{statistics.fmean(x):.3f}" for x in zip(*results[FULL]["figures"]["SLIC prior"], strict=True)]
     return [*lines, f"| SLIC itself | | {' | '.join(prior)} | |"]
 
