@@ -17,8 +17,8 @@ from runtime.cli import UsageError
 
 @pytest.fixture
 def programme(monkeypatch, tmp_path):
-    """demo.py is replaced by made-up figures: R2O's foreground IoU is 0.5, 0.6, 0.7, every other row's 0.1 less; at --lr 1
-    all have 0.2 less."""
+    """demo.py is replaced by made-up figures: R2O's foreground IoU is 0.5, 0.6, 0.7, every other row's 0.1 less; all
+    have 0.2 less at --lr 1."""
     called = []
 
     def measure(row, out):
