@@ -1,7 +1,8 @@
-# Each target works on a fresh machine with python3, g++ and make; a GPU and a CUDA toolkit are used if present.
-#   make demo    pretrain a small encoder on generated scenes, evaluate it, draw a film strip (5 minutes on 2 cores)
+# Each target works on a fresh machine with python3, g++ and make; a GPU and a CUDA toolkit are used if
+# present. The first target that runs also installs everything into .venv, in 4 to 7 minutes.
+#   make demo    pretrain a small encoder on generated scenes, evaluate it, draw a film strip (2 minutes on 2 cores)
 #   make tour    write docs/method.md, its pictures and docs/method.ipynb again (5 minutes on 2 cores)
-#   make test    lint, build, run the tests (8 minutes on 2 cores, after 4 of installing)
+#   make test    lint, build, run the tests (8 minutes on 2 cores)
 #   make bench   time every op, the mask step and the train step beside other ways to do them: 30 minutes on 2 cores
 #                DEVICE=cuda: on a GPU; BENCH="--images photos --authors DIR": flags of bench/bench.py
 #   make gpu     all that needs a GPU, in five stages of at most 9 minutes; needs PyTorch there, and no network

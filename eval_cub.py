@@ -1,4 +1,4 @@
-"""Unsupervised object segmentation (Table 3): K-means of each image's features, one segment called the foreground.
+"""Unsupervised object segmentation (Table 3): K-means of each image's features; one segment is taken as the foreground.
 
     python eval_cub.py --ckpt r2o.pth --data CUB_200_2011 --split redo.txt      # ReDO's 1,000 test images (Table 3)
     python eval_cub.py --ckpt r2o.pth --data CUB_200_2011      # CUB's own 5,794

@@ -566,7 +566,7 @@ def target_momentum(step: int, steps: int, base: float = 0.99) -> float:
 class Schedule:
     """K, learning rate and tau of every optimizer step, counted from 0. Defaults: A.1. The learning rate peaks at
     lr * batch_size / 256 * K / lr_k after 1 % of the steps; lr_k = 0 leaves the factor for K out. `shape` is
-    num_clusters' schedule. differs: the paper's text says times K, a peak of 614, not K / 16."""
+    num_clusters' schedule. differs: the paper's text multiplies by K (a peak of 614), not by K / 16."""
 
     steps_per_epoch: int
     epochs: int = 300

@@ -56,7 +56,7 @@ def parse_args(argv=None):
     add("--prepare", action="store_true", help="compute the region maps and exit")
     add("--dry-run", action="store_true", help="print the plan, time a few steps, write nothing")
     add = p.add_argument_group("training (A.1)").add_argument
-    add("--arch", default="resnet50", choices=r2o.ARCHS, help="resnet18 for small data, tiny for up to 100 pixels")
+    add("--arch", default="resnet50", choices=r2o.ARCHS, help="resnet18 for small data, tiny up to 96 pixels")
     objectives = ("byol", "detcon", "ntxent")
     add("--objective", default="byol", choices=objectives, help="loss; the others are of Table 1 and A.4")
     add("--epochs", type=count, default=300, help="passes over the data; raise for small data")

@@ -136,7 +136,7 @@ def about_training(value, quoted):
 # %% [markdown]
 # ## 1. The prior
 #
-# Before training, every image is cut once into regions, called the prior. The paper uses about 100 SLIC superpixels, patches of similar
+# Before training, every image is divided once into regions; this division is called the prior. The paper uses about 100 SLIC superpixels, patches of similar
 # color:
 #
 # ```python
@@ -285,7 +285,7 @@ about(masks_per_image(shared), 5.1)
 #
 # ## 5. Pixels or regions
 #
-# Regions decide what is clustered. Which center gets a cell is another question: the nearest to the cell itself, as in the paper
+# Regions decide what is clustered. Which center a cell is assigned to is another question: the nearest to the cell itself, as in the paper
 # (`--assign pixel`), or its region's, as in the authors' code (`--assign region`):
 #
 # ```python
@@ -346,7 +346,7 @@ show("views", figure)
 #
 # ## 7. Rows
 #
-# Only masks that both views see can be compared. P is the number of these pairs (image, mask); each is a row of all that follows.
+# Only masks that both views see can be compared. P is the number of these pairs (image, mask); each becomes one row in all later steps.
 #
 # ```python
 # in_both = (m1.sum((2, 3)) > 1e-3) & (m2.sum((2, 3)) > 1e-3)
