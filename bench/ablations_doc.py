@@ -95,6 +95,33 @@ def plot(epochs: int, names: list[str], done: Done, path: Path):
     figure.savefig(path, format="png", dpi=90)
 
 
+def plot_rates(epochs: int, done: Done, path: Path):
+    """k-NN and foreground IoU of every row, means over seeds; a line joins the learning rates of a method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    means, rated = {}, {"untrained"}.union(*rows.RATED.values())
+    for row in rows.ROWS:
+        if by_seed := figures(row, epochs, done).values():
+            means[row] = [statistics.fmean(x[measure] for x in by_seed) for measure in ("k-NN", "foreground")]
+    others = [x for row, x in means.items() if row not in rated]
+    axes.plot([x for x, _ in others], [y for _, y in others], "o", color="gray", markersize=4, label="other rows")
+    for marker, (name, same) in zip("osD^", rows.RATED.items(), strict=False):
+        found = sorted((float(rate(row, epochs, done)), *means[row]) for row in same if row in means)
+        if found:
+            axes.plot(*[[x[i] for x in found] for i in (1, 2)], f"{marker}-", label=rows.ROWS[name].title)
+        for lr, x, y in found:
+            axes.annotate(f"{lr:g}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    if "untrained" in means:
+        axes.plot(*means["untrained"], "x", color="black", label="untrained")
+    axes.set_xlabel(MEASURES["k-NN"])
+    axes.set_ylabel(MEASURES["foreground"])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, format="png", dpi=90)
+
+
 def footer(done: Done, swept: Done, runs: int) -> list[str]:
     """The priors' own overlaps; how much has run, on what."""
     priors = next((x["figures"] for run, x in done.items() if run.row == "untrained"), None)
@@ -124,6 +151,9 @@ def write(results: Path, doc: Path):
         if shown := [row for row in names if differences(row, epochs, "k-NN", done)]:
             plot(epochs, shown, done, path)
             lines += [f"![Paired differences to R2O after {epochs} epochs, a dot per seed]({path.name})", ""]
+    path = doc.with_name(f"{doc.stem}-rates.png")
+    plot_rates(rows.SHORT, done, path)
+    lines += [f"![k-NN and foreground IoU after {rows.SHORT} epochs, by method and --lr]({path.name})", ""]
     lines += footer(done, swept, len(runs))
     insert(doc, BEGIN, lines)
 

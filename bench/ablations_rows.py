@@ -46,6 +46,9 @@ ROWS |= {
     for name, rates in (("r2o", (0.5, 1, 4)), ("byol", (0.5, 1, 2)), ("detcon", (1, 2)), ("r2o-detcon", (2,)))
     for lr in rates
 }
+RATED = {
+    name: [row for row in ROWS if row.partition("-lr-")[0] == name] for name in ("r2o", "byol", "detcon", "r2o-detcon")
+}
 SHORT, LONG = 10, 30  # epochs
 SEEDS = {SHORT: (0, 1, 2), LONG: (0,)}
 MAIN = ("r2o", "byol", "fixed-16", "prior-slic", "detcon")
@@ -104,9 +107,7 @@ TABLES = {
         "detcon": "",
         "r2o-detcon": "",
     },
-    "Learning rate": {
-        row: "" for name in ("r2o", "byol", "detcon", "r2o-detcon") for row in ROWS if row.partition("-lr-")[0] == name
-    },
+    "Learning rate": {row: "" for rows in RATED.values() for row in rows},
 }
 
 

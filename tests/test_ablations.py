@@ -16,7 +16,7 @@ import ablations_doc as doc
 import ablations_rows as rows
 from ablations_rows import Run
 
-PLOT = doc.plot
+PLOTS = {"plot": doc.plot, "plot_rates": doc.plot_rates}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,8 @@ def small(monkeypatch, tmp_path, data):
     }
     for name, value in settings.items():
         monkeypatch.setattr(rows, name, value)
-    monkeypatch.setattr(doc, "plot", lambda *_: None)
+    for name in PLOTS:
+        monkeypatch.setattr(doc, name, lambda *_: None)
     flags = ["--data", data[0], "--photos", data[1], "--out", tmp_path / "out", "--results", tmp_path / "results"]
     flags += ["--doc", tmp_path / "doc.md", "--jobs", 1]
     ablations.stop.clear()
@@ -197,7 +198,8 @@ def test_the_document_has_every_row_and_keeps_the_text_around_its_tables(
     programs[1].add("grid-1-1")
     with pytest.raises(SystemExit):
         main()
-    monkeypatch.setattr(doc, "plot", PLOT)
+    for name, function in PLOTS.items():
+        monkeypatch.setattr(doc, name, function)
     main("--report")
     text = file.read_text()
     assert text.startswith("Before.\n") and text.endswith("\n\nAfter.\n") and "old" not in text
@@ -207,8 +209,8 @@ def test_the_document_has_every_row_and_keeps_the_text_around_its_tables(
         and "| untrained, batch norm calibrated |  | 2 |" in text
     )
     assert "Best overlap of the priors themselves: SLIC 0.250, grid 0.250." in text and "9 of 10 runs" in text
-    for epochs in (1, 2):
-        assert f"(doc-{epochs}.png)" in text and (tmp_path / f"doc-{epochs}.png").stat().st_size < 100_000
+    for name in ("doc-1.png", "doc-2.png", "doc-rates.png"):
+        assert f"({name})" in text and (tmp_path / name).stat().st_size < 100_000
     file.write_text("No marks.\n")
     with pytest.raises(SystemExit) as end:
         main("--report")
