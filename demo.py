@@ -12,6 +12,7 @@ SLIC prior. Objects and backgrounds are light or dark at random; only objects ar
 
 import runtime  # isort: skip  # noqa: F401  (says what is not installed)
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -209,4 +210,5 @@ def demo() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: train.py ends too
     cli.run("demo.py", demo)
