@@ -30,12 +30,14 @@ from runtime import cli
 from runtime.images import list_images, read_image
 from runtime.pictures import film_strip, paint, resize_labels
 from runtime.regions import region_maps
+from runtime.storage import make_folder
 from runtime.weights import load_encoder
 
 SIDE, GROUP = 64, 32  # pixels of a scene; images clustered together
 STARTS = 3  # of K-means, to average over
 K_START, K_END, EPOCHS = 32, 6, 16
 RECIPE = f"--arch tiny --size {SIDE} --epochs {EPOCHS} --batch-size 64 --hidden 512 --dim 64 --workers 1 --keep-every 4"
+FIXED = f"{RECIPE} --data --seed --regions --prepare --dry-run --subset --prior --segments".split()
 RECIPE += f" --lr 2 --lr-k 0 --k-start {K_START} --k-end {K_END}"
 
 
@@ -89,7 +91,7 @@ def make_scenes(folder: Path, count: int, first: int):
     if (folder / "done").exists():
         return
     for name in ("images", "masks"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        make_folder(folder / name)
     for i in cli.bar(range(count), f"scenes in {folder}"):
         image, truth = scene(first + i)
         Image.fromarray(image).save(folder / f"images/{i:05}.png")
@@ -163,9 +165,10 @@ def run(out: Path, seed: int, count: int, flags: list[str], scenes) -> dict[str,
     trained, _ = load_encoder(out / f"seed{seed}/r2o.pth")
     rows = {"random encoder": measure(start, scenes), "trained encoder": measure(trained, scenes)}
 
+    log = [json.loads(line) for line in (out / f"seed{seed}/log.jsonl").read_text().splitlines()]
     wanted, shown = [], list(range(8))
     for epoch in range(0, EPOCHS + 1, 4):
-        k = r2o.num_clusters(epoch, EPOCHS, K_START, K_END, round(EPOCHS * 40 / 300))
+        k = log[max(epoch - 1, 0)]["K"]
         encoder = load_encoder(out / f"seed{seed}/epoch_{epoch:04}.pth")[0] if epoch else start
         wanted.append((f"epoch {epoch}, K = {k}", encoder, k))
     wanted.insert(1, (f"epoch 0, K = {K_END}", start, K_END))  # much of what the film shows is K, not learning
@@ -188,9 +191,11 @@ def demo() -> int:
     p = cli.Parser(__doc__)
     p.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for scenes, runs and pictures")
     seeds = "of weights and training; the scenes stay the same"
-    p.add_argument("--seeds", type=cli.natural, nargs="+", default=[0], help=seeds)
+    p.add_argument("--seeds", type=cli.seed, nargs="+", default=[0], help=seeds)
     p.add_argument("--scenes", type=cli.number(int, 64), default=2000, help="number of scenes to train on")
     args, flags = p.parse_known_args()
+    given = [name for name in (flag.partition("=")[0] for flag in flags) if name.startswith("--") and name in FIXED]
+    cli.need(not given, f"demo.py fixes {', '.join(given)}: run train.py for other settings")
 
     make_scenes(args.out / f"train-{args.scenes}", args.scenes, first=0)
     make_scenes(args.out / "held-out", 192, first=10**6)

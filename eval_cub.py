@@ -61,7 +61,7 @@ def evaluate(args) -> int:
         if i in show:
             shown.append(common.pictures(*result))
     means, spread = common.mean_scores(scores, len(pairs))
-    split = args.split if len(args.data) == 1 else "all"
+    split = args.split or "test" if len(args.data) == 1 else "all"
     print(f"{args.k} segments of {args.layer} at {args.size} pixels, split {split}, n = {means['n']}")
     print("the foreground segment is chosen by the truth, as in the paper")
     if split == "test" and is_cub(args.data[0]):
@@ -81,7 +81,7 @@ def evaluate(args) -> int:
     about = {"ckpt": args.ckpt, "encoder": line, "data": [str(d) for d in args.data]}
     write_json(args.json, about | protocol | means)
     if args.vis:
-        film_strip(common.columns(shown, args.k), zoom=-(-128 // args.size)).save(args.vis)
+        film_strip(common.columns(shown, args.k), zoom=-(-128 // args.size)).save(args.vis, "PNG")
     return 0
 
 

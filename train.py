@@ -39,7 +39,7 @@ from runtime.storage import lock_output, make_folder, save_or_warn
 
 
 def parse_args(argv=None):
-    p = cli.Parser(__doc__)
+    p, width = cli.Parser(__doc__), number(int, 1, 2**16)
     add = p.add_argument_group("data and output").add_argument
     add("--data", required=True, help="folder of images, flat or nested; its subfolder train is used if it exists")
     add("--subset", metavar="FILE", help="file that selects images: a folder, path or file name per line")
@@ -52,7 +52,7 @@ def parse_args(argv=None):
     save = "also save last.pth every N steps (0: only after epochs); lower if an epoch takes hours"
     add("--save-every", type=natural, default=500, metavar="N", help=save)
     add("--tensorboard", action="store_true", help="also log to OUT/tensorboard")
-    add = p.add_argument_group("instead of training").add_argument
+    add = p.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
     add("--prepare", action="store_true", help="compute the region maps and exit")
     add("--dry-run", action="store_true", help="print the plan, time a few steps, write nothing")
     add = p.add_argument_group("training (A.1)").add_argument
@@ -68,9 +68,9 @@ def parse_args(argv=None):
     add("--lr-k", type=rate, help=lr_k)
     add("--weight-decay", type=rate, default=1e-6, help="of weight matrices; biases and batch norm have none")
     add("--tau", type=number(float, 0, 1), default=0.99, help="initial target momentum; lower for very short runs")
-    add("--hidden", type=count, default=4096, help="width of projector and predictor; lower for tiny")
-    add("--dim", type=count, default=256, help="width of projections; lower for tiny")
-    add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of weights, order, crops, colors and clusters")
+    add("--hidden", type=width, default=4096, help="width of projector and predictor; lower for tiny")
+    add("--dim", type=width, default=256, help="width of projections; lower for tiny")
+    add("--seed", type=cli.seed, default=0, help="of weights, order, crops, colors and clusters")
     bf16 = "of the networks; default: bfloat16 on GPUs that have it; speeds up CPUs with avx512_bf16 or amx_bf16"
     add("--precision", choices=("float32", "bfloat16"), help=bf16)
     add("--compile", action="store_true", help="compile the encoders with torch.compile; --dry-run shows if it helps")
@@ -118,7 +118,9 @@ OLDER = {"masks": "predicted", "objective": "byol", "discovery_tau": None}  # of
 
 def open_images(args) -> ImageList:
     """The images, after a check that the flags suit their number."""
-    images = list_images(args.data, args.subset)
+    images, out = list_images(args.data, args.subset), Path(args.out).resolve()
+    inside = f"--out {args.out} is inside --data, so that its pictures would become training images"
+    need(not out.is_relative_to(images.root.resolve()), f"{inside}: pass a folder elsewhere")
     part = args.batch_size // args.accum
     if distributed.place().rank == 0:
         print_images(images)
@@ -199,6 +201,7 @@ def resume(checkpoint: Checkpoint, args, data: ImageRegions, model, optimizer, p
     progress.load_state_dict(last)
     report.masks = last["masks"]
     if args.changed:
+        need(progress.step < report.schedule.steps, f"{checkpoint.path} is of a finished run: leave --changed out")
         progress.skipped_in_a_row = 0
         for group in optimizer.param_groups:
             group["weight_decay"] = args.weight_decay

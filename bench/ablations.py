@@ -36,9 +36,9 @@ ROOT = Path(__file__).parent.parent
 stop = threading.Event()
 
 
-def call(program: list, folder: Path, args, poll=lambda: None):
+def call(program: list, folder: Path, device: str, poll=lambda: None):
     """Run a program of the project with one thread; its output goes to folder/log.txt."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {})
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
     with open(folder / "log.txt", "ab") as log:
         settings = {"cwd": ROOT, "env": env, "stdout": log, "stderr": log, "start_new_session": True}
         process = subprocess.Popen([sys.executable, *map(str, program)], **settings)
@@ -63,7 +63,7 @@ def train_run(run: Run, folder: Path, data: Path, args, bar):
         seen = epochs
 
     where = ["--data", data, "--out", folder, "--regions", regions, "--workers", args.workers]
-    call(["train.py", *flags.split(), *where], folder, args, poll)
+    call(["train.py", *flags.split(), *where], folder, args.device, poll)
     poll()
 
 
@@ -73,7 +73,7 @@ def evaluate_run(run: Run, folder: Path, data: Path, args) -> dict[str, float]:
 
     def result(kind: str, *program) -> dict:
         file = folder / f"{kind}.json"
-        call([*program, *encoder, *rows.EVALUATIONS[kind].split(), "--json", file], folder, args)
+        call([*program, *encoder, *rows.EVALUATIONS[kind].split(), "--json", file], folder, args.device)
         return json.loads(file.read_text())
 
     workers, photos = ["--workers", args.workers], ["--data", args.photos / "images", args.photos / "segmentations"]
@@ -192,6 +192,7 @@ def work(args) -> int:
     if not args.report:
         args.commit = commit()  # now, and not when a run ends: files may change meanwhile
         data = identify(args)
+        ablations_doc.write(args.results, args.doc)  # now, so that nothing is wrong with it later
         hold_out(args)
         execute(rows.sweep_runs(), data, args, "sweep")
         rates = rows.choose(finished(rows.sweep_runs(), args.results, data))

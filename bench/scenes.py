@@ -7,16 +7,15 @@ Writes the figures of every row to bench/results/scenes.json, and the table. Rer
 
 import concurrent.futures
 import json
-import os
+import signal
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from ablations import ROOT, commit, machine
+from ablations import ROOT, call, commit, machine, stop
 from ablations_doc import insert, summary
 
 import demo
@@ -47,11 +46,7 @@ BEGIN = "<!-- written by bench/scenes.py -->"
 def measure(row: str, out: Path) -> dict:
     """Train a row with every seed and measure it, one thread; demo.py's output goes to a log."""
     folder = make_folder(out / "-".join(row.replace("/", " ").split()))
-    program = [sys.executable, "demo.py", "--out", str(folder), "--seeds", *map(str, SEEDS), *ROWS[row].split()]
-    with open(folder / "log.txt", "ab") as log:
-        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        status = subprocess.run(program, cwd=ROOT, env=env, stdout=log, stderr=log).returncode
-    need(status == 0, f"demo.py ended with status {status}, {folder}/log.txt says why")
+    call(["demo.py", "--out", folder, "--seeds", *SEEDS, *ROWS[row].split()], folder, "cpu")
     figures = json.loads((folder / "demo.json").read_text())
     about = {"flags": ROWS[row], "K-means starts": demo.STARTS, "hardware": machine("cpu"), "torch": torch.__version__}
     return about | {"figures": figures}
@@ -72,6 +67,7 @@ def table(results: dict[str, dict]) -> list[str]:
 
 
 def main():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     p = cli.Parser(__doc__)
     p.add_argument("--out", type=Path, default=Path("out/scenes"), help="folder for the runs")
     results = "the figures of every row"
@@ -80,6 +76,7 @@ def main():
     p.add_argument("--jobs", type=cli.count, default=distributed.cores(), help="rows at a time")
     args = p.parse_args()
     out, file = args.out.absolute(), args.results.absolute()
+    need(BEGIN in args.doc.read_text(), f"{args.doc} lacks the line {BEGIN}: put it where the table belongs")
     done = json.loads(file.read_text()) if file.exists() else {}
     done = {row: x for row, x in done.items() if (x["flags"], x.get("K-means starts")) == (ROWS.get(row), demo.STARTS)}
     now, failed = {"r2o": commit()}, []
@@ -93,6 +90,7 @@ def main():
                     done[jobs[job]] = job.result() | now
                     write_json(file, {row: done[row] for row in ROWS if row in done})
         except BaseException:
+            stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     need(not failed, "; ".join(failed))

@@ -98,7 +98,10 @@ def coco_objects(image: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 def open_truth(args) -> Truth:
     if len(args.data) == 2 and args.data[1].suffix == ".json":
-        need(not args.mask_suffix, "--mask-suffix is for mask files, but --data has COCO's annotations: leave it out")
+        for flag in ("split", "masks", "foreground", "void", "mask_suffix"):
+            usual = getattr(args, flag) in (None, "auto")
+            named = f"--{flag.replace('_', '-')} is for mask files, but --data has COCO's annotations"
+            need(usual, f"{named}: leave it out")
         rows = [(row["path"], row) for row in load_coco(*args.data)[1] if row["annotations"]]
         return Truth(rows, args.size, args.segments)
     pairs, read = open_masks(args)

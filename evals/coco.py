@@ -46,6 +46,8 @@ def _complete(images: list[dict], annotations: list[dict], categories: list[dict
     from pycocotools import mask as rle
 
     images, categories = ({x["id"]: x for x in listed} for listed in (images, categories))
+    whole = all(isinstance(i, int) for i in (*images, *categories))
+    need(whole, f"{file} has ids of images or categories that are no integers: number them")
     sizes = corners = 0  # boxes that fit their polygon as x, y, width, height; as x, y, x, y
     need(annotations, f"{file} has no annotations: expected objects with their segmentations")
     for number, a in enumerate(annotations, 1):
@@ -72,7 +74,7 @@ def _complete(images: list[dict], annotations: list[dict], categories: list[dict
         corners += abs(w - x) <= 3 and abs(h - y) <= 3
     need(corners <= sizes, f"most boxes in {file} are x, y, x, y: expected x, y, width, height, as COCO's are")
     ids = {a.get("id", 0) for a in annotations}
-    if len(ids) < len(annotations) or min(ids) < 1:  # pycocotools takes 0 for "unmatched"
+    if len(ids) < len(annotations) or not all(isinstance(i, int) and i > 0 for i in ids):  # 0 means "unmatched"
         for number, a in enumerate(annotations, 1):
             a["id"] = number
 

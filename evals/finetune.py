@@ -66,7 +66,7 @@ def add_flags(p: Parser, out: str, epochs: int | None, batch_size: int, lr, weig
     add(
         "--lr", type=lambda x: x if x == "paper" else number(float, 0, above=True)(x), nargs="+", default=lr, help=rates
     )
-    add("--seeds", type=natural, default=seeds, nargs="+", help="seeds, one run each")
+    add("--seeds", type=cli.seed, default=seeds, nargs="+", help="seeds, one run each")
     add("--weight-decay", type=rate, default=weight_decay, help="for all weights")
     add("--workers", type=natural, default=distributed.cores_per_process(), help="per process")
     add("--save-every", type=count, default=500, metavar="N", help="save last.pth every N steps, and at the end")

@@ -29,7 +29,7 @@ def add_truth_flags(p: Parser, also: str = ""):
     """--data, --split, --masks, --foreground and --void. also: what else --data may be."""
     data = f"CUB_200_2011 (with images.txt, images, segmentations), a folder of images and one of masks{also}"
     p.add_argument("--data", required=True, nargs="+", type=Path, help=data)
-    p.add_argument("--split", default="test", help="CUB's own test set, or a file of ids, such as ReDO's")
+    p.add_argument("--split", help="CUB's own test set, or a file of ids, such as ReDO's (default: test)")
     masks = "what mask files hold; binary: an object above 127; ids: one per object; auto: guess from the values"
     p.add_argument("--masks", default="auto", choices=("auto", "binary", "ids"), help=masks)
     foreground = "ids in mask files that are objects, all others being background (1 for Oxford-IIIT Pet's trimaps)"
@@ -154,7 +154,8 @@ def list_masks(data: list[Path], split: str, suffix: str | None = None) -> list[
         expected = "expected CUB_200_2011, or a folder of images and one of masks"
         need(folder.is_dir(), f"{problem}: {folder}; {expected}")
     need(len(data) == 2 or not suffix, "--mask-suffix is for two folders: CUB's masks are named as its images are")
-    return list_pairs(*data, suffix) if len(data) == 2 else list_cub(data[0], split)
+    need(len(data) == 1 or not split, "--split is for CUB_200_2011: with two folders leave it out")
+    return list_pairs(*data, suffix) if len(data) == 2 else list_cub(data[0], split or "test")
 
 
 def list_cub(folder: Path, split: str) -> list[tuple[Path, Path]]:
@@ -163,7 +164,8 @@ def list_cub(folder: Path, split: str) -> list[tuple[Path, Path]]:
     need((folder / "images.txt").exists(), f"no images.txt in {folder}: {expected}")
     separate = "a separate download, segmentations.tgz at data.caltech.edu/records/65de6-vp158; unpack it there"
     need((folder / "segmentations").is_dir(), f"no segmentations in {folder}: they are {separate}")
-    rows = [line.split(maxsplit=1) for line in (folder / "images.txt").read_text().splitlines() if line.strip()]
+    listed = (folder / "images.txt").read_text(errors="surrogateescape").splitlines()
+    rows = [line.split(maxsplit=1) for line in listed if line.strip()]
     names = {row[0]: row[-1].strip() for row in rows}
     file = folder / "train_test_split.txt" if split == "test" else Path(split)
     need(file.is_file(), f"no such split: {file}; expected test, or a file of ids")

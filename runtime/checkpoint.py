@@ -25,6 +25,8 @@ def load_file(path: str | Path) -> dict:
         raise UsageError(f"no such checkpoint: {path}; expected r2o.pth, last.pth or ResNet weights") from None
     except IsADirectoryError:
         raise UsageError(f"{path} is a folder: expected a file in it, such as r2o.pth") from None
+    except PermissionError:
+        raise
     except (OSError, *DAMAGE) as e:
         why = f"({type(e).__name__}): it is damaged, or holds more than tensors and plain types"
         raise UsageError(f"{path} is not a checkpoint that can be loaded safely {why}") from None

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib.util
 import math
+import os
 import re
 import signal
 import sys
@@ -36,14 +37,53 @@ def printable(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
+class Output:
+    """stdout or stderr, without the errors: a run of days, and results about to be saved, survive that the reader is
+    gone or the log's disk is full. What the encoding lacks becomes "?"."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = self.stream.encoding or "utf-8"
+        with contextlib.suppress(OSError):
+            self.stream.write(text.encode(encoding, "replace").decode(encoding))
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def close(self):
+        """Flush for the last time; what cannot be written is dropped, or Python would end with an error of its own."""
+        try:
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def run(program: str, work):
-    """Exit with the status that work() returns. Bad input, too little memory or a dead loader worker: one line on
-    stderr and status 2; Ctrl-C: one line and 130."""
+    """Exit with the status that work() returns. Bad input, a path that cannot be opened, too little memory or a dead
+    loader worker: one line on stderr and status 2; Ctrl-C: one line and 130."""
+    out, err = Output(sys.stdout), Output(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = status_of(program, work)
+    out.close()
+    err.close()
+    distributed.leave_process_group(status)
+    if status:
+        sys.exit(status)
+
+
+def status_of(program: str, work) -> int:
     problem, status = None, 2
     try:
         status = work()
-    except UsageError as e:  # from a loader worker, the last line of its traceback
-        problem = str(e).splitlines()[-1].removeprefix(f"{UsageError.__module__}.{UsageError.__qualname__}: ")
+    except UsageError as e:  # from a loader worker, the end of its traceback
+        problem = str(e).rpartition(f"{UsageError.__module__}.{UsageError.__qualname__}: ")[2].strip()
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         status = distributed.INTERRUPTED
@@ -57,10 +97,8 @@ def run(program: str, work):
             traceback.print_exc()
             status = 1
     if problem:  # on every rank: this may be the only one that knows
-        print(f"{program}: error: {printable(problem)}", file=sys.stderr)
-    distributed.leave_process_group(status)
-    if status:
-        sys.exit(status)
+        print(f"{program}: error: {problem}".replace("\n", "\\n"), file=sys.stderr)
+    return status
 
 
 def environment_problem(e: Exception) -> str:
@@ -76,6 +114,8 @@ def environment_problem(e: Exception) -> str:
     receiving = isinstance(e, (ConnectionError, EOFError)) and any("utils/data/dataloader.py" in f for f in frames)
     if receiving or re.search(r"DataLoader worker .*(killed|exited)", said):
         return "a loader worker was killed, perhaps for lack of memory: lower --workers, and rerun the command"
+    if isinstance(e, OSError) and e.filename:
+        return f"cannot open {os.fsdecode(e.filename)} ({e.strerror}): correct the path, or its permissions"
     return ""
 
 
@@ -92,10 +132,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc: str):
         super().__init__(description=doc, formatter_class=_Help)
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_known_args(self, args=None, namespace=None):
         global command_line
         command_line = list(sys.argv[1:] if args is None else args)
-        return super().parse_args(args, namespace)
+        need("" not in command_line, "an argument is empty: is a variable of the command not set?")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         raise UsageError(re.sub(r"^argument (\S+): (?=must)", r"\1 ", message))
@@ -124,7 +165,7 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
     return parse
 
 
-count, natural, rate = number(int, 1), number(int, 0), number(float, 0)
+count, natural, rate, seed = number(int, 1), number(int, 0), number(float, 0), number(int, 0, 2**31 - 1)
 
 
 def describe_ops(device) -> str:

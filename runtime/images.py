@@ -1,5 +1,7 @@
 """Image files: reading them, and lists of millions of them."""
 
+import codecs
+import contextlib
 import hashlib
 import io
 import os
@@ -111,7 +113,8 @@ def list_images(folder: str | Path, subset: str | Path | None = None, train: boo
 def read_subset(path: str | Path) -> set[bytes]:
     """The lines of a --subset file. Raises UsageError if there are none."""
     try:
-        lines = {line.strip().rstrip(b"/") for line in Path(path).read_bytes().splitlines()} - {b""}
+        text = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+        lines = {line.strip().rstrip(b"/") for line in text.splitlines()} - {b""}
     except OSError as e:
         raise UsageError(f"cannot read --subset {path} ({e.strerror}): expected a text file of names") from None
     need(lines, f"--subset {path} is empty: expected the name of a folder or an image per line")
@@ -131,9 +134,12 @@ def _scan(folder: bytes, inside: bytes, seen: set, wanted: set | None, found: se
     folders = []
     for entry in entries:
         name = entry.name
-        if entry.is_dir():
+        is_folder = False
+        with contextlib.suppress(OSError):  # a link to itself
+            is_folder = entry.is_dir()
+        if is_folder:
             folders.append(entry)
-        elif name.lower().endswith(EXTENSIONS) and (entry.is_file() or entry.is_symlink()):
+        elif name.lower().endswith(EXTENSIONS) and (entry.is_symlink() or entry.is_file()):
             if wanted is not None and (hits := {inside + name, name} & wanted):
                 found.update(hits)
             elif not take:

@@ -30,6 +30,8 @@ def check_flags(args):
     if args.masks == "prior":
         k = "--masks prior --prior fh has no fixed K to multiply the learning rate by: pass --lr-k 0"
         need(args.prior != "fh" or args.lr_k == 0, k)
+        cells = "--prior grid has 14 x 14 cells, of at least 4 x 4 pixels: pass --size 64 or more"
+        need(args.prior != "grid" or args.size >= 56, cells)
         need(args.assign == "pixel", "--masks prior has no clusters to assign: leave --assign out")
     if args.objective != "byol":
         fewest = args.k_start if args.schedule == "constant" else min(args.k_start, args.k_end)

@@ -51,6 +51,9 @@ def region_maps(
         "fingerprint": images.fingerprint,
     }
     make_folder(path.parent)
+    if header_path.exists() and not path.exists():
+        ours = b'"num_regions"' in header_path.read_bytes()
+        need(ours, f"{header_path} is not of region maps and would be replaced: name another file with --regions")
     waited = 0
     while not path.exists():  # it appears last, complete
         if lock := try_lock(path.with_suffix(".lock")):

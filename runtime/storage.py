@@ -21,7 +21,10 @@ def make_folder(path: str | Path) -> Path:
 
 def save_atomically(path: str | Path, write, keep: str | Path | None = None):
     """Call write(file) on a temporary file, flush it to disk, and move it to path. What was at path before is moved to
-    `keep`, if given. Raises OSError if it cannot be written; path is then as it was."""
+    `keep`, if given. A device is just written to. Raises OSError if path cannot be written; it is then as it was."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, "wb") as f:
+            return write(f)
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as f:
@@ -54,7 +57,7 @@ def write_json(path: str | Path, result: dict | list):
     """Write results that have already been printed, so that a full disk loses nothing."""
     text = json.dumps(result, indent=1) + "\n"
     try:
-        save_atomically(path, lambda f: f.write(text.encode()))
+        save_atomically(os.path.realpath(path), lambda f: f.write(text.encode()))  # a link stays one
     except OSError as e:
         raise UsageError(f"the results above could not be written to {path} ({e.strerror or e})") from None
 

@@ -70,7 +70,7 @@ def read_weights(path: str | Path, arch: str | None = None, network: str = "onli
     path: r2o.pth, last.pth, the authors' files, or weights of torchvision, timm, MMSegmentation or Detectron2, as .pth,
     .safetensors or .pkl. arch: which encoder it must be; by default the file's entry or tensors decide. network: of
     last.pth, epoch_*.pth and the authors' files, "online" or "target". Raises UsageError unless the encoder's tensors
-    are exactly those of one of ARCHS, apart from a classifier, and a ViT's appended layers.
+    are exactly those of one of ARCHS, apart from a classifier, and a ViT's appended layers, and finite.
     """
     file = _load_any(path)
     args, epoch = file.get("args"), file.get("epoch")
@@ -91,6 +91,8 @@ def read_weights(path: str | Path, arch: str | None = None, network: str = "onli
         count = f"{len(fitting)} of {len(shapes)} tensors"
         if all(name.endswith(COUNTER) and name not in own for name in rest):
             state = {name: own.get(name, torch.zeros((), dtype=torch.long)).contiguous().clone() for name in shapes}
+            diverged = f"the weights in {path} are not finite: they come from a run that diverged"
+            need(all(x.isfinite().all() for x in state.values()), diverged)
             matched = f"{count} matched" + (", the rest are batch norm's counters" if rest else "")
             return {"arch": candidate, **about, "matched": matched, "state_dict": state}
         nearest.append((len(rest), f"{count} of {candidate} matched, {len(rest)} do not fit, such as {rest[0]}"))

@@ -67,7 +67,7 @@ def programs(monkeypatch):
     fail."""
     called, fail = [], set()
 
-    def call(program, folder, args, poll=lambda: None):
+    def call(program, folder, device, poll=lambda: None):
         called.append((folder.name.rsplit("-", 1)[0], " ".join(map(str, program))))
         if called[-1][0] in fail:
             raise UsageError(f"{folder.name} ended with status 1")

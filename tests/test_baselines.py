@@ -327,7 +327,7 @@ def test_with_masks_prior_each_region_is_a_mask_and_nothing_is_clustered(monkeyp
         r2o.R2O("tiny", masks="slic")
 
 
-@pytest.mark.parametrize("flags, K", [("--prior grid", 196), ("--prior slic --segments 20", 20)])
+@pytest.mark.parametrize("flags, K", [("--prior grid --size 64", 196), ("--prior slic --segments 20", 20)])
 def test_table_4_without_mask_prediction_takes_k_from_the_number_of_segments(photos, tmp_path, flags, K):
     """K also scales the learning rate, and does not change."""
     flags = [*SMALL, *flags.split(), *"--masks prior --epochs 2 --lr-k 16 --batch-size 6 --workers 0".split()]

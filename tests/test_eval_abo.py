@@ -295,6 +295,8 @@ def test_annotations_that_do_not_fit_are_refused(pairs, tmp_path, refused):
 
     assert "has no annotations" in said(annotations=[])
     assert "has category_id 9, none of the 1" in said(annotations=[good["annotations"][0] | {"category_id": 9}])
+    named = [image | {"id": f"{image['id']}"} for image in good["images"]]
+    assert "ids of images or categories that are no integers" in said(images=named)
     assert "has image_id 5, none of the 12" in said(annotations=[good["annotations"][0] | {"image_id": 5}])
     assert "1 of the 13 images" in said(images=[*good["images"], good["images"][0] | {"id": 1, "file_name": "x.png"}])
     assert "expected COCO instances" in said(categories=None)
@@ -333,6 +335,8 @@ def test_data_and_arguments_that_do_not_fit_are_refused(pairs, tmp_path, refused
     assert "one folder or two" in refused(*FLAGS, *data, pairs)
     files = ["--data", pairs / "images", coco_of(pairs, tmp_path), "--mask-suffix", "_x"]
     assert "--mask-suffix is for mask files" in refused(*FLAGS, *files)
+    for flags in (["--split", "test"], ["--masks", "ids"], ["--void", 3], ["--foreground", 1]):
+        assert f"{flags[0]} is for mask files" in refused(*FLAGS, *files[:-2], *flags)
     line = refused(*FLAGS, *data, "-k", 2, "--segments", 2000, "--size", 256)
     assert ".png: SLIC gave" in line and "more than 256" in line and line.endswith("with --segments")
     masks = tmp_path / "masks"

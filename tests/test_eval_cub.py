@@ -294,6 +294,10 @@ def test_checkpoints_that_do_not_fit_are_refused(cub, tmp_path, refused):
     assert "holds a resnet18, not a resnet50" in said({"arch": "resnet18", "state_dict": half}, "--arch", "resnet50")
     assert " 0 of" in said([1, 2, 3])
     assert "not a checkpoint that can be loaded safely" in said(picture)
+    diverged = {name: x * float("nan") if x.is_floating_point() else x for name, x in resnet18().state_dict().items()}
+    assert (
+        "the weights in " in (line := said(diverged)) and "are not finite: they come from a run that diverged" in line
+    )
     (tmp_path / "ckpt.pth").write_bytes(b"not a checkpoint")
     assert "not a checkpoint" in refused("--ckpt", tmp_path / "ckpt.pth", "--data", cub)
     assert "no such checkpoint: nowhere.pth" in refused("--ckpt", "nowhere.pth", "--data", cub)
@@ -316,6 +320,8 @@ def test_data_that_does_not_fit_is_refused(cub, tmp_path, refused):
     assert "no such split" in said(cub, more=["--split", tmp_path / "nowhere.txt"])
     (tmp_path / "ids.txt").write_text("1\n99\n")
     assert "names 1 ids, of 2, that images.txt does not list" in said(cub, more=["--split", tmp_path / "ids.txt"])
+    two = cub / "images", cub / "segmentations"
+    assert "--split is for CUB_200_2011" in said(*two, more=["--split", tmp_path / "ids.txt"])
     (tmp_path / "empty").mkdir()
     assert "no images in" in said(cub / "images", tmp_path / "empty")
     shutil.copytree(cub / "segmentations", tmp_path / "masks")

@@ -55,7 +55,7 @@ def classes(tmp_path):
     "lines, names",
     [
         ("n2\nn3\n", ["deep/n3/n3_0.jpg", "deep/n3/n3_1.jpg", "n2/n2_0.jpg"]),  # ImageNet-100: class folders
-        ("n1/\r\n\r\n", ["n1/n1_0.jpg", "n1/n1_1.jpg"]),
+        ("\ufeffn1/\r\n\r\n", ["n1/n1_0.jpg", "n1/n1_1.jpg"]),
         ("n1_1.jpg\nn3_0.jpg", ["deep/n3/n3_0.jpg", "n1/n1_1.jpg"]),  # ImageNet's one per cent: file names
         ("n1/n1_0.jpg\ndeep/n3/n3_1.jpg\nn2", ["deep/n3/n3_1.jpg", "n1/n1_0.jpg", "n2/n2_0.jpg"]),
     ],
@@ -366,14 +366,23 @@ def test_damaged_maps_are_refused_in_one_line(photos, tmp_path, spoil, said):
         region_maps(images, path, size=16, num_segments=20)
 
 
+def test_a_json_beside_the_maps_that_is_not_theirs_is_kept(photos, tmp_path):
+    (tmp_path / "photos.json").write_text('{"mine": 1}')
+    with pytest.raises(UsageError, match=r"photos.json is not of region maps and would be replaced"):
+        region_maps(list_images(photos), tmp_path / "photos.npy", size=16, num_segments=20)
+    assert (tmp_path / "photos.json").read_text() == '{"mine": 1}'
+
+
 def test_non_files_are_no_images_and_undecodable_names_can_be_printed(tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "gone.jpg").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
     (tmp_path / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"no image")
-    for i in range(200):
+    for i in range(300):
         picture(0, (4, 4)).save(tmp_path / f"{i}.png")
     images = list_images(tmp_path)
-    assert len(images) == 202
+    assert len(images) == 303
     _, header = region_maps(images, tmp_path / "regions.npy", prior="grid", size=14)
-    assert len(header["unreadable"]) == 2 and "caf?.jpg" in capsys.readouterr().out
+    assert len(header["unreadable"]) == 3 and "caf?.jpg" in capsys.readouterr().out

@@ -310,8 +310,10 @@ def test_another_learning_rate_is_refused_without_changed(photos, copy, refuse, 
     assert "--lr 1.0, now it is 0.5: pass --lr 1.0 to resume, or another --out to start anew (or --changed)" in refuse(
         *flags
     )
+    assert "of a finished run: leave --changed out" in refuse(*flags, "--changed")  # r2o.pth would name a wrong rate
     built = []
     monkeypatch.setattr(train, "build", lambda *args, build=train.build: built.extend(build(*args)) or built)
+    (copy / "previous.pth").replace(copy / "last.pth")
     assert train.main([*map(str, flags), "--weight-decay", "0.25", "--changed"]) is None
     assert {group["weight_decay"] for group in built[2].param_groups} == {0.25}
 

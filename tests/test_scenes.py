@@ -80,6 +80,6 @@ def test_train_accepts_the_flags_of_every_row():
 
 def test_a_demo_that_fails_names_its_log(monkeypatch, tmp_path):
     monkeypatch.setitem(scenes.ROWS, "bad", "--scenes 1")
-    with pytest.raises(UsageError, match=r"demo.py ended with status 2, .*bad/log.txt says why"):
+    with pytest.raises(UsageError, match=r"bad ended with status 2, .*bad/log.txt says why"):
         scenes.measure("bad", tmp_path)
     assert "--scenes must be at least 64" in (tmp_path / "bad/log.txt").read_text()

@@ -181,6 +181,9 @@ def test_one_batch_can_be_overfitted():
         (["--k-start", "900"], "lower --k-start and --k-end, or raise --kmeans-group"),
         (["--k-start", "900", "--kmeans-group", "16"], "lower --k-start and --k-end, or raise --batch-size"),
         (["--size", "40"], "pass a multiple of 32"),
+        (["--masks", "prior", "--prior", "grid"], "14 x 14 cells, of at least 4 x 4 pixels: pass --size 64 or more"),
+        (["--hidden", "99999999999999999999"], "--hidden must be at least 1 and at most 65536"),
+        (["--dry-run", "--prepare"], "not allowed with argument --dry-run"),
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--workers", "-1"], "--workers must be at least 0, got -1"),
         (["--lr", "nan"], "--lr must be at least 0, got nan"),
@@ -212,12 +215,20 @@ def test_a_checkpoint_of_other_settings_is_refused_and_kept(photos, finished, re
 
 
 def test_region_maps_of_other_data_are_refused(finished, tmp_path, refuse):
+    others = tmp_path / "others"
+    others.mkdir()
     for i in range(24):
-        picture(100 + i).save(tmp_path / f"{i}.png")
-    said = refuse("--data", tmp_path, "--out", finished[0], *SMALL)
-    assert "was trained on other images" in said
-    said = refuse("--data", tmp_path, "--out", tmp_path / "out", "--regions", finished[0] / "regions.npy", *SMALL)
+        picture(100 + i).save(others / f"{i}.png")
+    assert "was trained on other images" in refuse("--data", others, "--out", finished[0], *SMALL)
+    said = refuse("--data", others, "--out", tmp_path / "out", "--regions", finished[0] / "regions.npy", *SMALL)
     assert "belong to other data or settings" in said
+
+
+def test_an_out_folder_inside_the_data_is_refused(photos, tmp_path, refuse):
+    """Its strip.png would be a training image after a restart."""
+    (tmp_path / "data").symlink_to(photos)
+    assert "is inside --data" in refuse("--data", tmp_path / "data", "--out", photos / "out", *SMALL)
+    assert not (photos / "out").exists()
 
 
 def test_the_exit_status_of_the_process_is_2():
