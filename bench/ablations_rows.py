@@ -43,7 +43,7 @@ ROWS = {
 # At other rates than the sweep's.
 ROWS |= {
     f"{name}-lr-{lr:g}": Row(f"{ROWS[name].title}, --lr {lr:g}", ROWS[name].flags, lr)
-    for name, rates in (("r2o", (0.5, 1, 4)), ("byol", (0.5, 1, 2)), ("detcon", (1, 2)), ("r2o-detcon", (2,)))
+    for name, rates in (("r2o", (0.5, 1, 4, 8)), ("byol", (0.5, 1, 2)), ("detcon", (1, 2)), ("r2o-detcon", (2,)))
     for lr in rates
 }
 RATED = {
