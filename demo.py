@@ -37,7 +37,7 @@ SIDE, GROUP = 64, 32  # pixels of a scene; images clustered together
 STARTS = 3  # of K-means, to average over
 K_START, K_END, EPOCHS = 32, 6, 16
 RECIPE = f"--arch tiny --size {SIDE} --epochs {EPOCHS} --batch-size 64 --hidden 512 --dim 64 --workers 1 --keep-every 4"
-FIXED = f"{RECIPE} --data --seed --regions --prepare --dry-run --subset --prior --segments".split()
+FIXED = {*RECIPE.split()[::2], *"--data --seed --regions --prepare --dry-run --subset --prior --segments".split()}
 RECIPE += f" --lr 2 --lr-k 0 --k-start {K_START} --k-end {K_END}"
 
 
@@ -194,7 +194,7 @@ def demo() -> int:
     p.add_argument("--seeds", type=cli.seed, nargs="+", default=[0], help=seeds)
     p.add_argument("--scenes", type=cli.number(int, 64), default=2000, help="number of scenes to train on")
     args, flags = p.parse_known_args()
-    given = [name for name in (flag.partition("=")[0] for flag in flags) if name.startswith("--") and name in FIXED]
+    given = [name for name in (flag.partition("=")[0] for flag in flags) if name in FIXED]
     cli.need(not given, f"demo.py fixes {', '.join(given)}: run train.py for other settings")
 
     make_scenes(args.out / f"train-{args.scenes}", args.scenes, first=0)

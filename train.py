@@ -120,7 +120,8 @@ def open_images(args) -> ImageList:
     """The images, after a check that the flags suit their number."""
     images, out = list_images(args.data, args.subset), Path(args.out).resolve()
     inside = f"--out {args.out} is inside --data, so that its pictures would become training images"
-    need(not out.is_relative_to(images.root.resolve()), f"{inside}: pass a folder elsewhere")
+    safe = args.subset or args.prepare or args.dry_run or not out.is_relative_to(images.root.resolve())
+    need(safe, f"{inside}: pass a folder elsewhere")
     part = args.batch_size // args.accum
     if distributed.place().rank == 0:
         print_images(images)
@@ -201,7 +202,9 @@ def resume(checkpoint: Checkpoint, args, data: ImageRegions, model, optimizer, p
     progress.load_state_dict(last)
     report.masks = last["masks"]
     if args.changed:
-        need(progress.step < report.schedule.steps, f"{checkpoint.path} is of a finished run: leave --changed out")
+        same = all(last["args"].get(name) == vars(args)[name] for name in WITH_CHANGED.split())
+        finished = f"{checkpoint.path} is of a finished run: pass its own rates, or another --out to start anew"
+        need(same or progress.step < report.schedule.steps, finished)
         progress.skipped_in_a_row = 0
         for group in optimizer.param_groups:
             group["weight_decay"] = args.weight_decay

@@ -96,18 +96,18 @@ def plot(epochs: int, names: list[str], done: Done, path: Path):
 
 
 def plot_rates(epochs: int, done: Done, path: Path):
-    """k-NN and foreground IoU of every row, means over seeds; a line joins the learning rates of a method."""
+    """k-NN and foreground IoU of every row, means over the seeds that all have; a line joins a method's rates."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    means, rated = {}, {"untrained"}.union(*rows.RATED.values())
-    for row in rows.ROWS:
-        if by_seed := figures(row, epochs, done).values():
-            means[row] = [statistics.fmean(x[measure] for x in by_seed) for measure in ("k-NN", "foreground")]
+    each = {row: found for row in rows.ROWS if 0 in (found := figures(row, epochs, done))}
+    seeds = [seed for seed in rows.SEEDS[epochs] if all(seed in found for found in each.values())]
+    means = {row: [statistics.fmean(x[s][m] for s in seeds) for m in ("k-NN", "foreground")] for row, x in each.items()}
+    rated = {"untrained"}.union(*rows.RATED.values())
     others = [x for row, x in means.items() if row not in rated]
     axes.plot([x for x, _ in others], [y for _, y in others], "o", color="gray", markersize=4, label="other rows")
-    for marker, (name, same) in zip("osD^", rows.RATED.items(), strict=False):
+    for marker, (name, same) in zip("osD^", rows.RATED.items(), strict=True):
         found = sorted((float(rate(row, epochs, done)), *means[row]) for row in same if row in means)
         if found:
             axes.plot(*[[x[i] for x in found] for i in (1, 2)], f"{marker}-", label=rows.ROWS[name].title)
@@ -115,6 +115,7 @@ def plot_rates(epochs: int, done: Done, path: Path):
             axes.annotate(f"{lr:g}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
     if "untrained" in means:
         axes.plot(*means["untrained"], "x", color="black", label="untrained")
+    axes.set_title(f"{epochs} epochs; seeds: {', '.join(map(str, seeds))}; at the markers: --lr", fontsize=9)
     axes.set_xlabel(MEASURES["k-NN"])
     axes.set_ylabel(MEASURES["foreground"])
     axes.grid(alpha=0.3)

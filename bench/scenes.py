@@ -48,7 +48,13 @@ def measure(row: str, out: Path) -> dict:
     folder = make_folder(out / "-".join(row.replace("/", " ").split()))
     call(["demo.py", "--out", folder, "--seeds", *SEEDS, *ROWS[row].split()], folder, "cpu")
     figures = json.loads((folder / "demo.json").read_text())
-    about = {"flags": ROWS[row], "K-means starts": demo.STARTS, "hardware": machine("cpu"), "torch": torch.__version__}
+    about = {
+        "demo.py": demo.RECIPE,
+        "flags": ROWS[row],
+        "K-means starts": demo.STARTS,
+        "hardware": machine("cpu"),
+        "torch": torch.__version__,
+    }
     return about | {"figures": figures}
 
 
@@ -78,7 +84,8 @@ def main():
     out, file = args.out.absolute(), args.results.absolute()
     need(BEGIN in args.doc.read_text(), f"{args.doc} lacks the line {BEGIN}: put it where the table belongs")
     done = json.loads(file.read_text()) if file.exists() else {}
-    done = {row: x for row, x in done.items() if (x["flags"], x.get("K-means starts")) == (ROWS.get(row), demo.STARTS)}
+    own = {row: (demo.RECIPE, flags, demo.STARTS) for row, flags in ROWS.items()}
+    done = {row: x for row, x in done.items() if own.get(row) == (x["demo.py"], x["flags"], x["K-means starts"])}
     now, failed = {"r2o": commit()}, []
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         jobs = {pool.submit(measure, row, out): row for row in ROWS if row not in done}

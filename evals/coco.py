@@ -46,8 +46,6 @@ def _complete(images: list[dict], annotations: list[dict], categories: list[dict
     from pycocotools import mask as rle
 
     images, categories = ({x["id"]: x for x in listed} for listed in (images, categories))
-    whole = all(isinstance(i, int) for i in (*images, *categories))
-    need(whole, f"{file} has ids of images or categories that are no integers: number them")
     sizes = corners = 0  # boxes that fit their polygon as x, y, width, height; as x, y, x, y
     need(annotations, f"{file} has no annotations: expected objects with their segmentations")
     for number, a in enumerate(annotations, 1):

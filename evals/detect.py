@@ -103,6 +103,7 @@ class Objects(Dataset):
 
     def __init__(self, images: Path, file: Path, size: int, trains: bool = True):
         coco, rows = load_coco(images, file)
+        need(all(isinstance(row["id"], int) for row in rows), f"the image ids in {file} are no integers: number them")
         self.size, self.seed = size, 0
         self.names = {category: coco.cats[category].get("name", "") for category in sorted(coco.cats)}
         self.categories = [*self.names]  # label i + 1 is categories[i]

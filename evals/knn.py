@@ -106,6 +106,8 @@ def features(encoder, data: ImageFolder, rank: int, world: int, args, device, ti
         for i, (images, _) in enumerate(distributed.iterate(crops(data, own, args))):
             c5 = r2o.encode(encoder, r2o.normalize(images.to(device)))
             rows = F.normalize(c5.float().mean((2, 3)), dim=1).half()
+            sound = bool(rows.isfinite().all())
+            need(sound, f"the features of {args.ckpt} are not finite: it comes from a run that diverged")
             found[i * args.batch_size :][: len(rows)] = rows
             bar.update(len(rows))
     return found, labels

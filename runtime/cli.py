@@ -38,24 +38,33 @@ def printable(text: str) -> str:
 
 
 class Output:
-    """stdout or stderr, without the errors: a run of days, and results about to be saved, survive that the reader is
-    gone or the log's disk is full. What the encoding lacks becomes "?"."""
+    """stdout or stderr, without the errors: a run of days, and results about to be saved, survive that it is closed,
+    that its reader is gone, or that its disk is full (this error is kept). What the encoding lacks becomes "?"."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream, self.full = stream or open(os.devnull, "w"), None  # noqa: SIM115
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
         encoding = self.stream.encoding or "utf-8"
-        with contextlib.suppress(OSError):
+        with self._no_errors():
             self.stream.write(text.encode(encoding, "replace").decode(encoding))
         return len(text)
 
     def flush(self):
-        with contextlib.suppress(OSError):
+        with self._no_errors():
             self.stream.flush()
+
+    @contextlib.contextmanager
+    def _no_errors(self):
+        try:
+            yield
+        except BrokenPipeError:
+            pass
+        except OSError as e:
+            self.full = e
 
     def close(self):
         """Flush for the last time; what cannot be written is dropped, or Python would end with an error of its own."""
@@ -71,6 +80,9 @@ def run(program: str, work):
     out, err = Output(sys.stdout), Output(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = status_of(program, work)
+        out.flush()
+        if out.full:
+            warn(f"{program} could not write all of its output ({out.full.strerror})")
     out.close()
     err.close()
     distributed.leave_process_group(status)
@@ -114,7 +126,7 @@ def environment_problem(e: Exception) -> str:
     receiving = isinstance(e, (ConnectionError, EOFError)) and any("utils/data/dataloader.py" in f for f in frames)
     if receiving or re.search(r"DataLoader worker .*(killed|exited)", said):
         return "a loader worker was killed, perhaps for lack of memory: lower --workers, and rerun the command"
-    if isinstance(e, OSError) and e.filename:
+    if isinstance(e, (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)):
         return f"cannot open {os.fsdecode(e.filename)} ({e.strerror}): correct the path, or its permissions"
     return ""
 
@@ -130,7 +142,7 @@ class Parser(argparse.ArgumentParser):
     """Prints the module's docstring as its description, defaults in --help, and errors as UsageError."""
 
     def __init__(self, doc: str):
-        super().__init__(description=doc, formatter_class=_Help)
+        super().__init__(description=doc, formatter_class=_Help, allow_abbrev=False)
 
     def parse_known_args(self, args=None, namespace=None):
         global command_line

@@ -1,7 +1,7 @@
 """Image files: reading them, and lists of millions of them."""
 
 import codecs
-import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -134,9 +134,12 @@ def _scan(folder: bytes, inside: bytes, seen: set, wanted: set | None, found: se
     folders = []
     for entry in entries:
         name = entry.name
-        is_folder = False
-        with contextlib.suppress(OSError):  # a link to itself
+        try:
             is_folder = entry.is_dir()
+        except OSError as e:
+            unreadable = f"cannot read {os.fsdecode(entry.path)} ({e.strerror})"
+            need(e.errno == errno.ELOOP, unreadable)  # a link to itself is like a dangling one
+            is_folder = False
         if is_folder:
             folders.append(entry)
         elif name.lower().endswith(EXTENSIONS) and (entry.is_symlink() or entry.is_file()):

@@ -21,10 +21,7 @@ def make_folder(path: str | Path) -> Path:
 
 def save_atomically(path: str | Path, write, keep: str | Path | None = None):
     """Call write(file) on a temporary file, flush it to disk, and move it to path. What was at path before is moved to
-    `keep`, if given. A device is just written to. Raises OSError if path cannot be written; it is then as it was."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        with open(path, "wb") as f:
-            return write(f)
+    `keep`, if given. Raises OSError if it cannot be written; path is then as it was."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as f:
@@ -54,10 +51,16 @@ def save_or_warn(path: str | Path, write, keep: str | Path | None = None) -> boo
 
 
 def write_json(path: str | Path, result: dict | list):
-    """Write results that have already been printed, so that a full disk loses nothing."""
-    text = json.dumps(result, indent=1) + "\n"
+    """Write results that have already been printed, so that a full disk loses nothing. Links are followed, and results
+    appended to a pipe, a device or /dev/stdout."""
+    text = (json.dumps(result, indent=1) + "\n").encode()
+    stream = os.path.exists(path) and (not os.path.isfile(path) or str(path).startswith("/dev/"))
     try:
-        save_atomically(os.path.realpath(path), lambda f: f.write(text.encode()))  # a link stays one
+        if stream:
+            with open(path, "ab") as f:
+                f.write(text)
+        else:
+            save_atomically(os.path.realpath(path), lambda f: f.write(text))
     except OSError as e:
         raise UsageError(f"the results above could not be written to {path} ({e.strerror or e})") from None
 

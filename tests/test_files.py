@@ -1,5 +1,6 @@
 """Files: lists of images, the cache of region maps, checkpoints."""
 
+import contextlib
 import json
 import os
 import re
@@ -364,6 +365,16 @@ def test_damaged_maps_are_refused_in_one_line(photos, tmp_path, spoil, said):
     spoil(path)
     with pytest.raises(UsageError, match=said):
         region_maps(images, path, size=16, num_segments=20)
+
+
+def test_a_folder_that_cannot_be_told_from_a_file_ends_the_scan(tmp_path, monkeypatch):
+    """A link into a folder without permission; root has every permission."""
+    (tmp_path / "cat.jpg").touch()
+    entry = type("Entry", (), {"name": b"dog", "path": b"dog"})()
+    entry.is_dir = (Path(__file__) / "x").stat
+    monkeypatch.setattr(os, "scandir", lambda folder: contextlib.nullcontext([entry]))
+    with pytest.raises(UsageError, match=r"cannot read dog \(Not a directory\)"):
+        list_images(tmp_path)
 
 
 def test_a_json_beside_the_maps_that_is_not_theirs_is_kept(photos, tmp_path):

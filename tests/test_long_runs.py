@@ -310,7 +310,8 @@ def test_another_learning_rate_is_refused_without_changed(photos, copy, refuse, 
     assert "--lr 1.0, now it is 0.5: pass --lr 1.0 to resume, or another --out to start anew (or --changed)" in refuse(
         *flags
     )
-    assert "of a finished run: leave --changed out" in refuse(*flags, "--changed")  # r2o.pth would name a wrong rate
+    assert "of a finished run: pass its own rates" in refuse(*flags, "--changed")  # r2o.pth would name a wrong one
+    assert train.main([*map(str, flags[:-2]), "--changed"]) is None
     built = []
     monkeypatch.setattr(train, "build", lambda *args, build=train.build: built.extend(build(*args)) or built)
     (copy / "previous.pth").replace(copy / "last.pth")

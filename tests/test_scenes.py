@@ -28,7 +28,8 @@ def programme(monkeypatch, tmp_path):
         figures = {"SLIC prior": [[0.3, 0.2, 0.2]], "random encoder": [[0.4, 0.2, 0.1]] * 3, "trained encoder": trained}
         if row == "BYOL" and "fails" in called:
             raise UsageError("demo.py ended with status 1")
-        return {"flags": scenes.ROWS[row], "K-means starts": scenes.demo.STARTS, "figures": figures}
+        about = {"demo.py": scenes.demo.RECIPE, "flags": scenes.ROWS[row], "K-means starts": scenes.demo.STARTS}
+        return about | {"figures": figures}
 
     monkeypatch.setattr(scenes, "measure", measure)
     file, doc = tmp_path / "scenes.json", tmp_path / "doc.md"
@@ -43,11 +44,12 @@ def test_a_rerun_runs_rows_that_are_missing_or_were_measured_otherwise(programme
     assert called == [*scenes.ROWS]
     results = json.loads(file.read_text())
     results["BYOL"]["flags"], results["masks of SLIC"]["K-means starts"] = "--lr 9", 1
+    results["fixed K = 6"]["demo.py"] = "--lr 3"
     del results["fixed K = 16"]
     file.write_text(json.dumps(results))
     called.clear()
     scenes.main()
-    assert called == ["masks of SLIC", "fixed K = 16", "BYOL"]
+    assert called == ["masks of SLIC", "fixed K = 16", "fixed K = 6", "BYOL"]
 
 
 def test_a_row_that_fails_does_not_end_the_others(programme):
