@@ -126,7 +126,8 @@ def environment_problem(e: Exception) -> str:
     receiving = isinstance(e, (ConnectionError, EOFError)) and any("utils/data/dataloader.py" in f for f in frames)
     if receiving or re.search(r"DataLoader worker .*(killed|exited)", said):
         return "a loader worker was killed, perhaps for lack of memory: lower --workers, and rerun the command"
-    if isinstance(e, (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)):
+    paths = FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError
+    if isinstance(e, paths) and isinstance(e.filename, (str, bytes, os.PathLike)):
         return f"cannot open {os.fsdecode(e.filename)} ({e.strerror}): correct the path, or its permissions"
     return ""
 

@@ -62,6 +62,14 @@ def test_a_path_that_cannot_be_opened_is_named_in_one_line(capsys, tmp_path):
     )
 
 
+def test_an_error_that_names_no_path_is_not_taken_for_bad_input():
+    def work():
+        raise FileNotFoundError("no such thing")
+
+    with pytest.raises(FileNotFoundError, match="no such thing"):
+        cli.run("program", work)
+
+
 def test_a_newline_in_a_name_leaves_the_message_whole(capsys):
     def work():
         raise cli.UsageError("no such folder: a\nb; expected one")
