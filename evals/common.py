@@ -137,8 +137,11 @@ def free_name(stem: str) -> str:
 
 
 def need_writable(*paths: str | Path | None):
-    """Fail early if an output cannot be written."""
+    """Fail early if an output cannot be written, or would replace another."""
+    seen = set()
     for path in map(Path, filter(None, paths)):
+        need(path.resolve() not in seen or path.is_char_device(), f"two outputs are named {path}: name two files")
+        seen.add(path.resolve())
         writable = not path.is_dir() and os.access(path.absolute().parent, os.W_OK)
         need(writable, f"cannot write {path}: expected a file in an existing folder that can be written to")
 

@@ -316,6 +316,7 @@ def test_data_that_does_not_fit_is_refused(cub, tmp_path, refused):
     assert "no such folder" in said(tmp_path / "nowhere")
     assert "-k must be at least 1" in said(cub, more=["-k", 0])
     assert "cannot write" in said(cub, more=["--vis", tmp_path / "nowhere/vis.png"])
+    assert "two outputs" in said(cub, more=["--json", tmp_path / "a", "--vis", tmp_path / "b/../a"])
     assert "one folder or two" in said(cub, cub, cub)
     assert "no such split" in said(cub, more=["--split", tmp_path / "nowhere.txt"])
     (tmp_path / "ids.txt").write_text("1\n99\n")
