@@ -33,7 +33,7 @@ from runtime.regions import region_maps
 from runtime.storage import make_folder
 from runtime.weights import load_encoder
 
-SIDE, GROUP = 64, 32  # pixels of a scene; images clustered together
+SIDE, SCENES, GROUP = 64, 2000, 32  # pixels of a scene; scenes to train on; images clustered together
 STARTS = 3  # of K-means, to average over
 K_START, K_END, EPOCHS = 32, 6, 16
 RECIPE = f"--arch tiny --size {SIDE} --epochs {EPOCHS} --batch-size 64 --hidden 512 --dim 64 --workers 1 --keep-every 4"
@@ -192,7 +192,7 @@ def demo() -> int:
     p.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for scenes, runs and pictures")
     seeds = "of weights and training; the scenes stay the same"
     p.add_argument("--seeds", type=cli.seed, nargs="+", default=[0], help=seeds)
-    p.add_argument("--scenes", type=cli.number(int, 64), default=2000, help="number of scenes to train on")
+    p.add_argument("--scenes", type=cli.number(int, 64), default=SCENES, help="number of scenes to train on")
     args, flags = p.parse_known_args()
     given = [name for name in (flag.partition("=")[0] for flag in flags) if name in FIXED]
     cli.need(not given, f"demo.py fixes {', '.join(given)}: run train.py for other settings")

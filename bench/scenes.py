@@ -12,6 +12,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -19,12 +20,15 @@ from ablations import ROOT, call, commit, machine, stop
 from ablations_doc import insert, summary
 
 import demo
+import r2o
 from runtime import cli, distributed
 from runtime.cli import UsageError, need
-from runtime.storage import make_folder, write_json
+from runtime.pictures import resize_labels
+from runtime.storage import make_folder, save_atomically, write_json
 
 SEEDS = (0, 1, 2)
 MEASURES = ("foreground IoU", "overlap, K = 6, pixel", "overlap, K = 6, region")  # the columns of demo.json
+SMALL = demo.SIDE // 4  # the side of region maps
 FULL, FIXED, LOW = "R2O, K = 32 → 6", "--schedule constant --k-start", ", --lr 1"
 ROWS = {  # flags of train.py, after demo.py's own
     FULL: "",
@@ -34,18 +38,25 @@ ROWS = {  # flags of train.py, after demo.py's own
     "fixed K = 6": f"{FIXED} 6",
     "BYOL": f"{FIXED} 1 --k-end 1",
 }
+GIVEN = {  # rows whose masks are not made from the image: true objects and background, (SIDE, SIDE) ids -> masks
+    "masks of the true objects": lambda truth: resize_labels(truth, (SMALL, SMALL)),
+    "masks of an 8 x 8 grid": lambda truth: r2o.grid_regions(8, SMALL),
+}
 ROWS |= {row + LOW: f"{flags} --lr 1".strip() for row, flags in ROWS.items()}  # half of demo.py's
 ROWS |= {
     f"R2O, rate x K / 16{LOW}": "--lr 1 --lr-k 16",
     f"fixed K = 40, rate x 40 / 16{LOW}": f"{FIXED} 40 --lr 1 --lr-k 16",
     "R2O, every image clustered by itself": "--kmeans-group 1",
 }
+ROWS |= dict.fromkeys(GIVEN, "--masks prior")
 BEGIN = "<!-- written by bench/scenes.py -->"
 
 
 def measure(row: str, out: Path) -> dict:
     """Train a row with every seed and measure it, one thread; demo.py's output goes to a log."""
     folder = make_folder(out / "-".join(row.replace("/", " ").split()))
+    if row in GIVEN:
+        replace_regions(folder / f"train-{demo.SCENES}", GIVEN[row])
     call(["demo.py", "--out", folder, "--seeds", *SEEDS, *ROWS[row].split()], folder, "cpu")
     figures = json.loads((folder / "demo.json").read_text())
     about = {
@@ -56,6 +67,14 @@ def measure(row: str, out: Path) -> dict:
         "torch": torch.__version__,
     }
     return about | {"figures": figures}
+
+
+def replace_regions(scenes: Path, masks_of):
+    """Make demo.py's training scenes, and save masks_of(their true objects) where train.py looks for superpixels."""
+    demo.make_scenes(scenes, demo.SCENES, first=0)
+    _, truth, _ = demo.load_scenes(scenes)
+    masks = torch.stack([masks_of(x) for x in truth]).byte().numpy()
+    save_atomically(scenes / "regions.npy", lambda f: np.save(f, masks))
 
 
 def table(results: dict[str, dict]) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 import train
@@ -72,6 +73,25 @@ def test_the_table_has_paired_differences_to_r2o(programme):
     assert low.endswith("| 0.300 ± 0.100 | 0.300 ± 0.000 | 0.200 ± 0.000 | -0.100 ± 0.000 |")
     assert "| 0.400 ± 0.000 | 0.200 ± 0.000 | 0.100 ± 0.000 | -0.200 ± 0.100 |" in text  # untrained
     assert "| SLIC itself | | 0.300 | 0.200 | 0.200 | |" in text
+
+
+@pytest.mark.parametrize("row", scenes.GIVEN)
+def test_masks_that_are_not_made_from_images_replace_the_superpixels(row, tmp_path, monkeypatch):
+    """True objects at every fourth pixel; cells of 2 x 2. When demo.py starts they are in the cache, which is taken for
+    these scenes'."""
+    found = []
+
+    def call(program, folder, device):
+        found.extend(scenes.demo.load_scenes(folder / "train-4"))
+        (folder / "demo.json").write_text("{}")
+
+    monkeypatch.setattr(scenes, "call", call)
+    monkeypatch.setattr(scenes.demo, "SCENES", 4)
+    scenes.measure(row, tmp_path)
+    _, truth, regions = found
+    cells = torch.arange(64).view(8, 8).repeat_interleave(2, 0).repeat_interleave(2, 1).expand(4, -1, -1)
+    expected = {"masks of the true objects": truth[:, ::4, ::4], "masks of an 8 x 8 grid": cells}
+    assert torch.equal(regions.long(), expected[row].long()) and regions.max() > 0
 
 
 def test_train_accepts_the_flags_of_every_row():
