@@ -20,16 +20,19 @@ import threading
 from pathlib import Path
 
 import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as TF
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ablations_doc
 import ablations_rows as rows
 from ablations_rows import Run, finished
 
+from evals.truth import list_pairs, read_ids, readable
 from runtime import cli, distributed
 from runtime.cli import UsageError, need
-from runtime.images import list_images
-from runtime.storage import make_folder, write_json
+from runtime.images import list_images, read_image
+from runtime.storage import make_folder, save_atomically, write_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,11 +86,16 @@ def evaluate_run(run: Run, folder: Path, data: Path, args) -> dict[str, float]:
         figures["foreground"] = result("foreground", "eval_cub.py", *photos)["foreground IoU"]
         for row in result("overlap", "-m", "evals.abo", *photos, *workers)["rows"]:
             figures[f"{row['assign']} {row['K']}" if row["K"] else row["masks"]] = row["average best overlap"]
+        out = folder / f"fine-tuning-{rows.digest(rows.EVALUATIONS)}"
+        flags = [*rows.EVALUATIONS["fine-tuning"].split(), "--data", args.small, "--out", out, *workers]
+        call(["-m", "evals.segment", *encoder, *flags], folder, args.device)
+        ((tuned,),) = json.loads((out / "results.json").read_text())["runs"].values()
+        figures["fine-tuned"] = tuned["mIoU"]
     return figures
 
 
 def carry_out(run: Run, data: dict, args, bar):
-    folder = make_folder(args.out / run.file(args.results, data).stem)
+    folder = make_folder(args.out / run.folder(data))
     images = held_out(args) if run.sweep else args.data
     if run.epochs:
         train_run(run, folder, images, args, bar)
@@ -115,6 +123,22 @@ def hold_out(args):
             for path in some:
                 if not (folder / path.name).is_symlink():
                     (folder / path.name).symlink_to(path)
+
+
+def shrink_photos(args):
+    """Save the photographs for evals.segment, at most SIDE pixels long: every third as val, the others as train. Labels
+    are 1 for the foreground and 255 for void pixels."""
+    for i, (photo, mask) in enumerate(list_pairs(args.photos / "images", args.photos / "segmentations")):
+        folders = [make_folder(args.small / kind / ("val" if i % 3 == 2 else "train")) for kind in ("images", "labels")]
+        image_path, label_path = (folder / f"{i:05}.png" for folder in folders)
+        if label_path.exists():  # it is saved last
+            continue
+        ids = readable(read_ids, mask)
+        label = Image.fromarray(torch.where(ids < 0, 255, ids.clamp(max=1)).byte().numpy())
+        image = TF.to_pil_image(readable(read_image, photo))
+        for picture, path, how in ((image, image_path, Image.BICUBIC), (label, label_path, Image.NEAREST)):
+            picture.thumbnail((rows.SIDE, rows.SIDE), how)
+            save_atomically(path, lambda f: picture.save(f, "PNG"))
 
 
 def commit() -> str:
@@ -193,7 +217,9 @@ def work(args) -> int:
         args.commit = commit()  # now, and not when a run ends: files may change meanwhile
         data = identify(args)
         ablations_doc.write(args.results, args.doc)  # now, so that nothing is wrong with it later
+        args.small = args.out / f"photos-{rows.SIDE}-{data['photographs'].split()[-1]}"
         hold_out(args)
+        shrink_photos(args)
         execute(rows.sweep_runs(), data, args, "sweep")
         rates = rows.choose(finished(rows.sweep_runs(), args.results, data))
         execute(rows.programme(rates), data, args, "ablations")

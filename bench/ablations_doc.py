@@ -54,7 +54,7 @@ def table(title: str, epochs: int, paper: dict[str, str], done: Done) -> list[st
         for measure in MEASURES:
             values = [by_seed[seed][measure] for seed in sorted(by_seed)]
             values = differences(row, epochs, measure, done) if minus else values
-            cells.append(summary(values, 2 if measure == "k-NN" else 3, "+" if minus else ""))
+            cells.append(summary(values, 2 if MEASURES[measure].endswith("%") else 3, "+" if minus else ""))
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -74,11 +74,11 @@ def sweep_table(swept: Done) -> list[str]:
 
 
 def plot(epochs: int, names: list[str], done: Done, path: Path):
-    """Paired differences to full R2O in three measures: a dot per seed, a bar at their mean."""
+    """Paired differences to full R2O in four measures: a dot per seed, a bar at their mean."""
     from matplotlib.figure import Figure
 
-    shown = ("k-NN", "foreground", "pixel 4")
-    figure = Figure(figsize=(10, 0.9 + 0.27 * len(names)), layout="constrained")
+    shown = ("k-NN", "fine-tuned", "foreground", "pixel 4")
+    figure = Figure(figsize=(12, 0.9 + 0.27 * len(names)), layout="constrained")
     for axes, measure in zip(figure.subplots(1, len(shown), sharey=True), shown, strict=True):
         for y, row in enumerate(names):
             values = differences(row, epochs, measure, done)
@@ -96,29 +96,31 @@ def plot(epochs: int, names: list[str], done: Done, path: Path):
 
 
 def plot_rates(epochs: int, done: Done, path: Path):
-    """k-NN and foreground IoU of every row, means over the seeds that all have; a line joins a method's rates."""
+    """k-NN against foreground IoU and against fine-tuning, of every row, means over the seeds that all have; a line
+    joins a method's rates."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
     each = {row: found for row in rows.ROWS if 0 in (found := figures(row, epochs, done))}
     seeds = [seed for seed in rows.SEEDS[epochs] if all(seed in found for found in each.values())]
-    means = {row: [statistics.fmean(x[s][m] for s in seeds) for m in ("k-NN", "foreground")] for row, x in each.items()}
+    means = {row: {m: statistics.fmean(x[s][m] for s in seeds) for m in MEASURES} for row, x in each.items()}
     rated = {"untrained"}.union(*rows.RATED.values())
-    others = [x for row, x in means.items() if row not in rated]
-    axes.plot([x for x, _ in others], [y for _, y in others], "o", color="gray", markersize=4, label="other rows")
-    for marker, (name, same) in zip("osD^", rows.RATED.items(), strict=True):
-        found = sorted((float(rate(row, epochs, done)), *means[row]) for row in same if row in means)
-        if found:
-            axes.plot(*[[x[i] for x in found] for i in (1, 2)], f"{marker}-", label=rows.ROWS[name].title)
-        for lr, x, y in found:
-            axes.annotate(f"{lr:g}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
-    if "untrained" in means:
-        axes.plot(*means["untrained"], "x", color="black", label="untrained")
-    axes.set_title(f"{epochs} epochs; seeds: {', '.join(map(str, seeds))}; at the markers: --lr", fontsize=9)
-    axes.set_xlabel(MEASURES["k-NN"])
-    axes.set_ylabel(MEASURES["foreground"])
-    axes.grid(alpha=0.3)
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure.suptitle(f"{epochs} epochs; seeds: {', '.join(map(str, seeds))}; at the markers: --lr", fontsize=9)
+    for axes, measure in zip(figure.subplots(1, 2), ("foreground", "fine-tuned"), strict=True):
+        at = {row: (x["k-NN"], x[measure]) for row, x in means.items()}
+        others = [point for row, point in at.items() if row not in rated]
+        axes.plot([x for x, _ in others], [y for _, y in others], "o", color="gray", markersize=4, label="other rows")
+        for marker, (name, same) in zip("osD^", rows.RATED.items(), strict=True):
+            found = sorted((float(rate(row, epochs, done)), *at[row]) for row in same if row in at)
+            if found:
+                axes.plot(*[[x[i] for x in found] for i in (1, 2)], f"{marker}-", label=rows.ROWS[name].title)
+            for lr, x, y in found:
+                axes.annotate(f"{lr:g}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        if "untrained" in at:
+            axes.plot(*at["untrained"], "x", color="black", label="untrained")
+        axes.set_xlabel(MEASURES["k-NN"])
+        axes.set_ylabel(MEASURES[measure])
+        axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, format="png", dpi=90)
 
@@ -154,7 +156,7 @@ def write(results: Path, doc: Path):
             lines += [f"![Paired differences to R2O after {epochs} epochs, a dot per seed]({path.name})", ""]
     path = doc.with_name(f"{doc.stem}-rates.png")
     plot_rates(rows.SHORT, done, path)
-    lines += [f"![k-NN and foreground IoU after {rows.SHORT} epochs, by method and --lr]({path.name})", ""]
+    lines += [f"![k-NN, foreground IoU and fine-tuning after {rows.SHORT} epochs, by method and --lr]({path.name})", ""]
     lines += footer(done, swept, len(runs))
     insert(doc, BEGIN, lines)
 

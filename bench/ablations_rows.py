@@ -60,9 +60,17 @@ PRECISION = "--precision bfloat16"  # of all but the sweep: 1.4 times as fast on
 RATES, SWEEP, HELD = (0.5, 1, 2, 4, 8), 3, 20
 SWEPT = {"r2o": ("r2o", 0), "r2o x K": ("r2o", 16), "byol": ("byol", 0), "contrastive": ("detcon", 0)}
 
-EVALUATIONS = {"k-NN": "-k 20 --size 64", "foreground": "--size 128", "overlap": "--size 128 -k 6 4"}
+SIDE = 160  # the longer side of the photographs for fine-tuning
+EVALUATIONS = {
+    "k-NN": "-k 20 --size 64",
+    "foreground": "--size 128",
+    "overlap": "--size 128 -k 6 4",
+    "fine-tuning": "--classes 2 --void 255 --crop 128 --scales 0.75 1.5 --steps 250 --batch-size 8 --lr 0.03 --seeds 0",
+    "fine-tuning photographs": f"{SIDE} pixels, every third evaluated",
+}
 MEASURES = {
     "k-NN": "k-NN top-1, %",
+    "fine-tuned": "fine-tuned mIoU, %",
     "foreground": "foreground IoU",
     "pixel 6": "overlap, K = 6, pixel",
     "region 6": "overlap, K = 6, region",
@@ -111,6 +119,10 @@ TABLES = {
 }
 
 
+def digest(settings: dict) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
 class Run(NamedTuple):
     row: str
     epochs: int
@@ -129,12 +141,16 @@ class Run(NamedTuple):
         flags = f"{BASE} {ROWS[self.row].flags} {rates} --epochs {self.epochs} --seed {self.seed}"
         flags += f" {PRECISION}" if self.epochs and not self.sweep else ""
         held = f"{HELD} training images of each class" if self.sweep else ""
-        return {"train.py": " ".join(flags.split()), "held out": held, "evaluations": EVALUATIONS} | data
+        evaluations = {"k-NN": EVALUATIONS["k-NN"]} if self.sweep else EVALUATIONS
+        return {"train.py": " ".join(flags.split()), "held out": held, "evaluations": evaluations} | data
 
     def file(self, results: Path, data: dict) -> Path:
         """Different settings give a different hash, hence a different file."""
-        digest = hashlib.sha256(json.dumps(self.settings(data), sort_keys=True).encode()).hexdigest()[:8]
-        return results / f"{self.name}-{digest}.json"
+        return results / f"{self.name}-{digest(self.settings(data))}.json"
+
+    def folder(self, data: dict) -> str:
+        """A name for the training run. It does not depend on the evaluations: other ones need no new training."""
+        return f"{self.name}-{digest(self.settings(data) | {'evaluations': {}})}"
 
 
 def sweep_runs() -> list[Run]:

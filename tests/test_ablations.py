@@ -3,10 +3,13 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, picture
+from PIL import Image
 
 import train
+from evals.truth import list_pairs
 from runtime.cli import UsageError
 from runtime.images import list_images
 
@@ -39,6 +42,7 @@ def small(monkeypatch, tmp_path, data):
     """The smallest programme: one row beside R2O and BYOL. Returns main(*flags), and the folder of the results."""
     base = "--arch tiny --size 32 --batch-size 8 --kmeans-group 4 --k-start 6 --k-end 2 --hidden 16 --dim 8"
     evaluations = {"k-NN": "-k 3 --size 32", "foreground": "--size 32", "overlap": "--size 32 -k 6 4"}
+    evaluations["fine-tuning"] = "--classes 2 --crop 32 --epochs 1 --batch-size 2 --lr 0.03 --seeds 0"
     chosen = {name: rows.ROWS[name] for name in ("untrained", "r2o", "byol", "grid")}
     settings = {"BASE": f"{base} --segments 20", "ROWS": chosen, "EVALUATIONS": evaluations, "MAIN": ["r2o", "byol"]}
     settings |= {"SHORT": 1, "LONG": 2, "SEEDS": {1: (0, 1), 2: (0,)}, "RATES": (1, 2), "SWEEP": 1, "HELD": 3}
@@ -82,6 +86,10 @@ def programs(monkeypatch):
                 overlaps += [{"masks": "x", "K": k, "assign": assign, "average best overlap": 0.5} for k in (6, 4)]
             result = {"k": {"3": {"top-1": value}}, "foreground IoU": 0.5, "rows": overlaps}
             program[-1].write_text(json.dumps(result))
+        if "evals.segment" in program:
+            out = program[program.index("--out") + 1]
+            out.mkdir()
+            (out / "results.json").write_text(json.dumps({"runs": {"0.03": [{"mIoU": 60.5}]}}))
 
     monkeypatch.setattr(ablations, "call", call)
     return called, fail
@@ -120,6 +128,25 @@ def test_the_sweep_sees_neither_test_images_nor_photographs(small, programs, dat
     held = {part: list_images(tmp_path / "out/held-out-3" / part) for part in ("train", "val")}
     names = {part: {images[i] for i in range(len(images))} for part, images in held.items()}
     assert len(names["train"]) == 18 and len(names["val"]) == 9 and not names["train"] & names["val"]
+
+
+def test_fine_tuning_never_evaluates_on_a_photograph_it_trains_on(small, programs, data, tmp_path, monkeypatch):
+    """12 photographs of 80 x 64: every third is evaluated; each is shrunk and keeps its label, 0 and 1."""
+    monkeypatch.setattr(rows, "SIDE", 40)
+    small[0]()
+    (folder,) = (tmp_path / "out").glob("photos-*")
+    tuned = [command for _, command in programs[0] if "evals.segment" in command]
+    assert tuned and all(f"--data {folder} " in command for command in tuned)
+    of = {"images": [], "labels": []}
+    for i, (photo, mask) in enumerate(list_pairs(data[1] / "images", data[1] / "segmentations")):
+        for kind, source, factor in (("images", photo, 1), ("labels", mask, 255)):
+            path = folder / kind / ("val" if i in (2, 5, 8, 11) else "train") / f"{i:05}.png"
+            saved, whole = (np.array(Image.open(x).convert("RGB")).astype(float) for x in (path, source))
+            assert saved.shape == (32, 40, 3)
+            assert np.abs(saved * factor - whole.reshape(32, 2, 40, 2, 3).mean((1, 3))).mean() < 25
+            of[kind].append(saved)
+    assert len(of["images"]) == 12 == len({x.tobytes() for x in of["images"]}) == len([*folder.glob("images/*/*")])
+    assert all({*label.flat} == {0, 1} for label in of["labels"])
 
 
 def test_results_of_other_settings_are_not_reused(small, programs, monkeypatch):
@@ -184,9 +211,9 @@ def test_means_spreads_and_paired_differences_by_hand():
     assert doc.differences("byol", 10, "k-NN", done) == [1, 3]
     assert doc.differences("byol", 30, "k-NN", done) == []
     lines = doc.table("T", 10, {"byol": "65.1", "r2o": "71.6"}, done)
-    assert lines[4].startswith("| BYOL | 65.1 | 1 | **2 of 3** | 22.00 ± 15.56 | 22.000 ± 15.556 |")
+    assert lines[4].startswith("| BYOL | 65.1 | 1 | **2 of 3** | 22.00 ± 15.56 | 22.00 ± 15.56 | 22.000 ± 15.556 |")
     assert lines[5].startswith("| R2O, K = 32 → 6 | 71.6 | 1 | 3 | 20.00 ± 10.00 |")
-    assert lines[6].startswith("| BYOL − R2O |  |  | **2 of 3** | +2.00 ± 1.41 | +2.000 ± 1.414 |")
+    assert lines[6].startswith("| BYOL − R2O |  |  | **2 of 3** | +2.00 ± 1.41 | +2.00 ± 1.41 | +2.000 ± 1.414 |")
 
 
 def test_the_document_has_every_row_and_keeps_the_text_around_its_tables(
