@@ -61,7 +61,7 @@ RATES, SWEEP, HELD = (0.5, 1, 2, 4, 8), 3, 20
 SWEPT = {"r2o": ("r2o", 0), "r2o x K": ("r2o", 16), "byol": ("byol", 0), "contrastive": ("detcon", 0)}
 
 SIDE = 160  # the longer side of the photographs for fine-tuning
-EVALUATIONS = {
+EVALUATIONS = {  # flags of the programs; and what else their figures depend on
     "k-NN": "-k 20 --size 64",
     "foreground": "--size 128",
     "overlap": "--size 128 -k 6 4",
