@@ -32,7 +32,7 @@ from evals.truth import list_pairs, read_ids, readable
 from runtime import cli, distributed
 from runtime.cli import UsageError, need
 from runtime.images import list_images, read_image
-from runtime.storage import make_folder, save_atomically, write_json
+from runtime.storage import lock_output, make_folder, save_atomically, write_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -216,6 +216,7 @@ def work(args) -> int:
     if not args.report:
         args.commit = commit()  # now, and not when a run ends: files may change meanwhile
         data = identify(args)
+        lock = lock_output(make_folder(args.out))  # noqa: F841 (held until this function returns)
         ablations_doc.write(args.results, args.doc)  # now, so that nothing is wrong with it later
         args.small = args.out / f"photos-{rows.SIDE}-{data['photographs'].split()[-1]}"
         hold_out(args)

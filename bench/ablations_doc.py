@@ -44,7 +44,7 @@ def table(title: str, epochs: int, paper: dict[str, str], done: Done) -> list[st
     lines = [f"## {title}, {epochs} epochs", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     compared = [row for row in paper if row != "r2o"]
     for row, minus in [(row, "") for row in paper] + [(row, " − R2O") for row in compared]:
-        by_seed, seeds = figures(row, epochs, done), len(rows.SEEDS[epochs])
+        by_seed, seeds = figures(row, epochs, done), 1 if row in rows.ONCE else len(rows.SEEDS[epochs])
         found = len(differences(row, epochs, "k-NN", done)) if minus else len(by_seed)
         if not found:
             continue

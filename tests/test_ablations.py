@@ -1,6 +1,7 @@
 """bench/ablations.py: what it runs and resumes, what it takes for finished, and the figures of its document."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -191,7 +192,7 @@ def test_the_sweep_chooses_the_best_rate_the_first_of_equals():
 def test_train_accepts_the_flags_of_every_run():
     runs = rows.programme({kind: (1, 0) for kind in rows.SWEPT})
     settings = {run: train.parse_args([*run.settings({})["train.py"].split(), "--data", "x"]) for run in runs[3:]}
-    assert len(settings) == 99 and {args.size for args in settings.values()} == {64}
+    assert len(settings) == 73 and {args.size for args in settings.values()} == {64}
     k = {run.row: (args.k_start, args.k_end, args.schedule) for run, args in settings.items()}
     assert k["r2o"] == (32, 6, "cosine") and k["rising"] == (6, 32, "cosine") and k["fixed-40"][::2] == (40, "constant")
     shown = {row for table in rows.TABLES.values() for row in table}
@@ -214,6 +215,9 @@ def test_means_spreads_and_paired_differences_by_hand():
     assert lines[4].startswith("| BYOL | 65.1 | 1 | **2 of 3** | 22.00 ± 15.56 | 22.00 ± 15.56 | 22.000 ± 15.556 |")
     assert lines[5].startswith("| R2O, K = 32 → 6 | 71.6 | 1 | 3 | 20.00 ± 10.00 |")
     assert lines[6].startswith("| BYOL − R2O |  |  | **2 of 3** | +2.00 ± 1.41 | +2.00 ± 1.41 | +2.000 ± 1.414 |")
+    once = doc.table("T", 10, {"k-rate": ""}, done | made_up("k-rate", {0: 12}))
+    assert once[4].startswith("| R2O, learning rate x K / 16 | 1 | 1 | 12.00 |")
+    assert once[5].startswith("| R2O, learning rate x K / 16 − R2O |  | 1 | +2.00 |")
 
 
 def test_the_document_has_every_row_and_keeps_the_text_around_its_tables(
@@ -242,6 +246,19 @@ def test_the_document_has_every_row_and_keeps_the_text_around_its_tables(
     with pytest.raises(SystemExit) as end:
         main("--report")
     assert end.value.code == 2 and "lacks the lines" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_second_process_cannot_use_the_same_out_folder_meanwhile(small, tmp_path, monkeypatch):
+    taken, lock = [], tmp_path / "out/.lock"
+    program = f"from runtime.storage import try_lock; from pathlib import Path; print(try_lock(Path({str(lock)!r})))"
+
+    def execute(*_):
+        found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+        taken.append(found.stdout.strip())
+
+    monkeypatch.setattr(ablations, "execute", execute)
+    small[0]()
+    assert taken == ["None", "None"]  # the sweep, the ablations
 
 
 @pytest.mark.parametrize(
