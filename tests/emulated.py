@@ -7,9 +7,8 @@ import ctypes
 import sys
 
 import torch
-from test_ops import crop_case, kmeans_case, mask_case, pool_case, ragged
+from cases import crop_case, kmeans_case, mask_case, pool_case, ragged
 
-import r2o
 import r2o_ops
 
 ops = torch.ops.r2o
@@ -56,7 +55,7 @@ def cases(device: str):
         ]
     ):
         case = pool_case(B, C, H, W, scale, R, ids, dtype, device, i)
-        yield "region_pool", ops.region_pool, r2o.region_pool_ref, case
+        yield "region_pool", ops.region_pool, r2o_ops.region_pool_ref, case
     for i, (G, N, D, K, dtype, iters) in enumerate(
         [
             (0, 8, 3, 2, single, 3),
@@ -71,10 +70,10 @@ def cases(device: str):
         ]
     ):
         case = (*kmeans_case(G, N, D, K, dtype, device, i, spread=1000 if D == 4 else 6), iters)  # no equal distances
-        yield "kmeans", autocast(ops.kmeans), r2o.kmeans_ref, case
+        yield "kmeans", autocast(ops.kmeans), r2o_ops.kmeans_ref, case
     for i, (B, h, w, K, size) in enumerate([(0, 3, 3, 2, 7), (1, 1, 1, 1, 1), (3, 14, 14, 6, 7), (2, 30, 56, 3, 9)]):
         case = (*crop_case(B, h, w, K, i, device), size)
-        yield "crop_masks", ops.crop_masks, r2o.crop_masks_ref, case
+        yield "crop_masks", ops.crop_masks, r2o_ops.crop_masks_ref, case
     for i, (B, C, H, K, P, dtype) in enumerate(
         [
             (1, 1, 1, 1, 0, single),
@@ -84,7 +83,7 @@ def cases(device: str):
         ]
     ):
         case = mask_case(B, C, H, K, P, dtype, device, i)
-        yield "mask_pool", with_gradient(ops.mask_pool), with_gradient(r2o.mask_pool_ref), case
+        yield "mask_pool", with_gradient(ops.mask_pool), with_gradient(r2o_ops.mask_pool_ref), case
 
 
 def main(orders: int, device: str, only: list[str]):

@@ -249,16 +249,15 @@ def test_the_document_has_every_row_and_keeps_the_text_around_its_tables(
 
 
 def test_a_second_process_cannot_use_the_same_out_folder_meanwhile(small, tmp_path, monkeypatch):
-    taken, lock = [], tmp_path / "out/.lock"
-    program = f"from runtime.storage import try_lock; from pathlib import Path; print(try_lock(Path({str(lock)!r})))"
+    program, said = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)", []
 
     def execute(*_):
-        found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-        taken.append(found.stdout.strip())
+        other = [sys.executable, "-c", program, tmp_path / "out/.lock"]
+        said.append(subprocess.run(other, capture_output=True, text=True).stderr)
 
     monkeypatch.setattr(ablations, "execute", execute)
     small[0]()
-    assert taken == ["None", "None"]  # the sweep, the ablations
+    assert len(said) == 2 and all("BlockingIOError" in x for x in said)  # in the sweep, in the ablations
 
 
 @pytest.mark.parametrize(
