@@ -22,7 +22,7 @@ ROWS = {
     "byol": Row("BYOL", f"{FIXED} 1 --k-end 1", "byol"),
     "fixed-16": Row("fixed K = 16", f"{FIXED} 16"),
     "prior-slic": Row("masks of SLIC", "--masks prior"),
-    "prior-slic-few": Row("masks of SLIC, 12 superpixels", "--masks prior --segments 20"),
+    "prior-slic-few": Row("masks of SLIC, 15 superpixels", "--masks prior --segments 20"),
     "detcon": Row("DetCon_B, 5 superpixels", f"{DETCON} prior --segments 8", "contrastive"),
     "fixed-6": Row("fixed K = 6", f"{FIXED} 6"),
     "fixed-40": Row("fixed K = 40", f"{FIXED} 40"),
