@@ -7,7 +7,7 @@ import ctypes
 import sys
 
 import torch
-from cases import crop_case, kmeans_case, mask_case, pool_case, ragged
+from op_cases import crop_case, kmeans_case, mask_case, pool_case, ragged
 
 import r2o_ops
 

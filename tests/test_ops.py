@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import crop_case, kmeans_case, mask_case, pool_case, ragged, rng
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_cases import crop_case, kmeans_case, mask_case, pool_case, ragged, rng
 
 import r2o
 import r2o_ops
