@@ -30,7 +30,7 @@ from runtime.checkpoint import Checkpoint, need_same
 from runtime.cli import count, natural, need, number, rate
 from runtime.folders import print_images
 from runtime.images import ImageList, list_images
-from runtime.loader import Batches, ImageRegions, copy_ahead, load_batches, network_input
+from runtime.loader import Batches, ImageRegions, copy_ahead, load_batches, network_input, step_seed
 from runtime.pictures import evenly
 from runtime.progress import NonFiniteGuard, Progress
 from runtime.regions import region_maps
@@ -283,7 +283,7 @@ def train(args, signals: distributed.StopSignals) -> int:
     for step in steps:
         k, lr, tau = schedule(step)
         guard.remember()  # batch norm's statistics
-        stats = forward_backward(ddp, batches, args.accum, k, (args.seed << 32) + step, args.precision)
+        stats = forward_backward(ddp, batches, args.accum, k, step_seed(args.seed, step), args.precision)
         finite, stop = distributed.agree(guard.finite(stats["loss"]), bool(signals.received))  # the same on all ranks
         if finite:
             update(model, optimizer, lr, tau)

@@ -23,7 +23,7 @@ from evals.common import add_encoder_flags, table_row
 from runtime import cli, distributed
 from runtime.checkpoint import Checkpoint, need_same
 from runtime.cli import Parser, UsageError, count, natural, need, number, rate
-from runtime.loader import Batches, load_batches
+from runtime.loader import Batches, load_batches, step_seed
 from runtime.pictures import film_strip, paint, resize_labels
 from runtime.storage import lock_output, make_folder, save_or_warn, write_json
 from runtime.weights import load_encoder, random_seed, read_weights
@@ -153,7 +153,7 @@ def fit(
             lr = learning_rate(step, steps, run.lr, warmup, drops)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("scale", 1)
-            torch.manual_seed((run.seed << 32) + step * world + rank)  # Mask R-CNN samples proposals
+            torch.manual_seed(step_seed(run.seed, step, rank))  # dropout; Mask R-CNN samples proposals
             loss = loss_of(ddp, samples)
             optimizer.zero_grad()
             loss.backward()

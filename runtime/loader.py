@@ -88,6 +88,11 @@ class Batches:
                 yield [(epoch, i) for i in order[start : start + share]]
 
 
+def step_seed(*numbers: int) -> int:
+    """A seed from all the numbers, of 32 bits: PyTorch's CPU generator ignores the others."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def load_batches(data: Dataset, batches, workers: int, device: torch.device, collate=None) -> DataLoader:
     """One loader over all epochs, so that its workers prefetch across epoch boundaries."""
     settings = {"collate_fn": collate, "pin_memory": device.type == "cuda"}

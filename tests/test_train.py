@@ -131,9 +131,8 @@ def test_four_training_steps_equal_a_plain_reimplementation(photos, tmp_path):
         images = r2o.normalize(x["image"].permute(0, 3, 1, 2).float() / 255)
         images, views = (t.contiguous(memory_format=torch.channels_last) for t in (images, views))
         k = [r2o.num_clusters(t, 2, 8, 3, 0) for t in (1, 2)][step // 2]
-        loss, _ = model(
-            images, views, x["regions"], x["boxes"], x["flips"], k, torch.Generator().manual_seed((7 << 32) + step)
-        )
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence([7, step]).generate_state(1)[0]))
+        loss, _ = model(images, views, x["regions"], x["boxes"], x["flips"], k, generator)
         optimizer.zero_grad()
         loss.backward()
         optimizer.param_groups[0]["lr"] = 2 * 12 / 256 * (1 + np.cos(np.pi * step / 4)) / 2 * k / 8
