@@ -118,8 +118,9 @@ def predict_masks(
     c4: (B, C, H, W). regions: (B, h, w), ids below num_regions. uniforms: (G, K, T) from seeding_uniforms(), for G
     groups of images, each clustered together in at most `iters` iterations. ranks_per_group: ranks that share a group.
     Returns, for assign = "pixel", the nearest center of every C4 pixel, (B, H, W), 14 x 14 for ResNet-50; for "region",
-    the cluster of every region, (B, h, w). Ids are shared within a group.
+    the cluster of every region, (B, h, w). Ids are shared within a group. Raises ValueError for another assign.
     """
+    check_choice("mask assignment", assign, "pixel", "region")
     p, area = region_pool(c4, regions, num_regions)  # (B, R, C), (B, R)
     length = p.norm(dim=-1, keepdim=True)  # (B, R, 1)
     # differs: the authors cluster absent regions too, as zero vectors. Here absent and non-finite ones are left out.
@@ -130,9 +131,9 @@ def predict_masks(
         return cluster.clamp(min=0).gather(1, regions.flatten(1).long()).view(regions.shape)
 
     with full_precision(c4.device):
-        x = in_groups(upcast(c4).permute(0, 2, 3, 1).flatten(1, 2), len(mu)).flatten(1, 2)  # (G, N, C)
+        x = in_groups(upcast(c4).permute(0, 2, 3, 1).flatten(1, 2), len(mu)).flatten(1, 2)  # (G, cells, C)
         length = x.norm(dim=-1, keepdim=True).clamp(min=1e-12)  # dividing the product is cheaper than dividing x
-        scores = x @ mu.mT / length - mu.square().sum(-1)[:, None] / 2  # (G, N, K)
+        scores = x @ mu.mT / length - mu.square().sum(-1)[:, None] / 2  # (G, cells, K)
     spare = torch.arange(num_clusters, device=x.device) >= valid.sum(1, keepdim=True)  # more clusters than regions
     m = scores.masked_fill(spare[:, None], -math.inf).argmax(2).view(-1, *c4.shape[2:])
     return m[: len(c4)]
@@ -169,12 +170,17 @@ def kmeans_groups(images: int, world: int, most: int) -> tuple[int, int]:
     return -(-images * ranks // most), ranks
 
 
+def check_choice(what: str, value: str, *choices: str):
+    if value not in choices:
+        raise ValueError(f"no {what} {value!r}: choose one of {', '.join(choices)}")
+
+
 def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def gather_from_ranks(x: Tensor, first: int, count: int) -> Tensor:
-    """Gather x from `count` ranks, starting at `first`, and concatenate."""
+    """x of `count` ranks, from rank `first` on, concatenated. All ranks must call it."""
     gathered = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(gathered, x.contiguous())
     return gathered[first * len(x) : (first + count) * len(x)]
@@ -236,8 +242,7 @@ class Tiny(nn.Module):
 def build_encoder(arch: str) -> nn.Module:
     """A torchvision ResNet or ViT-B/16 (A.5), with its own parameter names but no classifier, or `tiny`. Raises
     ValueError for any other arch."""
-    if arch not in ARCHS:
-        raise ValueError(f"no encoder {arch!r}: choose one of {', '.join(ARCHS)}")
+    check_choice("encoder", arch, *ARCHS)
     if arch in ("tiny", "vit_b"):
         net = Tiny() if arch == "tiny" else ViT()
     else:
@@ -297,10 +302,8 @@ class R2O(nn.Module):
         masks: str = "predicted",
     ):
         super().__init__()
-        if assign not in ("pixel", "region"):
-            raise ValueError(f"no mask assignment {assign!r}: choose pixel or region")
-        if masks not in ("predicted", "prior"):
-            raise ValueError(f"no masks {masks!r}: choose predicted or prior")
+        check_choice("mask assignment", assign, "pixel", "region")
+        check_choice("masks", masks, "predicted", "prior")
         self.num_regions, self.assign, self.overlap, self.masks = num_regions, assign, overlap, masks
         self.kmeans_group, self.kmeans_iters = 1 if masks == "prior" else kmeans_group, kmeans_iters
         self.encode_c4, self.encode = (torch.compile(f) if compile else f for f in (encode_c4, encode))
@@ -329,8 +332,8 @@ class R2O(nn.Module):
         c4 = self.encode_c4(encoder, images)  # (B, C, H, W)
         if num_regions is None or ranks_per_group > 1:  # ranks that share a group need the same number
             num_regions = self.num_regions
-        settings = num_regions, self.assign, self.kmeans_iters
-        return predict_masks(c4, regions, num_clusters, uniforms, *settings, ranks_per_group)
+        settings = {"assign": self.assign, "iters": self.kmeans_iters, "ranks_per_group": ranks_per_group}
+        return predict_masks(c4, regions, num_clusters, uniforms, num_regions, **settings)
 
     def forward(
         self,
@@ -346,9 +349,9 @@ class R2O(nn.Module):
         """The loss of one step, Eq. (5), and statistics to watch.
 
         images: (B, 3, S, S) and views: (2B, 3, S, S), the first views then the second, normalized. regions: (B, h, w).
-        boxes: (B, 2, 4). flips: (B, 2). generator: a CPU torch.Generator. If its state is the same on all
-        ranks, K-means does not depend on their number. Micro-batches that share it cluster as the full batch would (on
-        a CPU, to the same bits) if kmeans_group divides their size. num_regions: all ids of this batch are below it
+        boxes: (B, 2, 4). flips: (B, 2). generator: a CPU torch.Generator. With the same state on all ranks,
+        K-means does not depend on their number. Micro-batches that share a state get the full batch's clusters
+        (bit-identical on a CPU) if kmeans_group divides their size. num_regions: all ids of this batch are below it
         (default: the model's); on a GPU, the time and memory of K-means grow with its square.
         Returns the loss, whose average over ranks (as DDP takes) is the mean over all pairs, and scalars to watch.
         """
@@ -540,8 +543,7 @@ def num_clusters(
     """
     if min(k_start, k_end) < 1:
         raise ValueError(f"k_start and k_end must be at least 1, got {k_start} and {k_end}")
-    if schedule not in ("cosine", "linear", "constant"):
-        raise ValueError(f"no schedule {schedule!r}: choose cosine, linear or constant")
+    check_choice("schedule", schedule, "cosine", "linear", "constant")
     if schedule == "constant" or epoch <= hold_epochs:
         return k_start
     t = min((epoch - hold_epochs) / max(epochs - hold_epochs, 1e-9), 1.0)
@@ -709,19 +711,21 @@ def augment(views: Tensor, flips: Tensor, factors: Tensor) -> Tensor:
     x = views.to(torch.float32, memory_format=torch.contiguous_format) / 255
     x = torch.where(flips.view(-1, 1, 1, 1), x.flip(-1), x)
 
-    def change(images: Tensor, f, column: int | None):
-        i = images.nonzero()[:, 0]  # on the CPU
+    order, jitter, grays, sigmas, solarized = factors.split([4, 4, 1, 1, 1], 1)
+
+    def change(which: Tensor, f, factor: Tensor | None = None):
+        i = which.nonzero()[:, 0]  # on the CPU
         if len(i):
-            args = [] if column is None else [factors[i, column].view(-1, 1, 1, 1).to(x.device, non_blocking=True)]
+            args = [] if factor is None else [factor[i].view(-1, 1, 1, 1).to(x.device, non_blocking=True)]
             i = i.to(x.device, non_blocking=True)
             x[i] = f(x[i], *args)
 
     for slot in range(4):
         for j, f in enumerate(JITTER):
-            change(factors[:, slot] == j, f, 4 + j)
-    change(factors[:, 8] > 0, lambda v: gray(v).expand_as(v), None)
-    change(factors[:, 9] > 0, lambda v, sigma: gaussian_blur(v, sigma * v.shape[-1] / 224), 9)
-    change(factors[:, 10] > 0, lambda v: torch.where(v >= 0.5, 1 - v, v), None)
+            change(order[:, slot] == j, f, jitter[:, j])
+    change(grays > 0, lambda v: gray(v).expand_as(v))
+    change(sigmas > 0, lambda v, sigma: gaussian_blur(v, sigma * v.shape[-1] / 224), sigmas)
+    change(solarized > 0, lambda v: torch.where(v >= 0.5, 1 - v, v))
     return normalize(x)
 
 

@@ -22,8 +22,7 @@ class Contrastive(r2o.R2O):
 
     def __init__(self, *args, objective: str = "detcon", samples: int = 16, temperature: float = 0.1, **kwargs):
         super().__init__(*args, **kwargs)
-        if objective not in ("detcon", "ntxent"):
-            raise ValueError(f"no contrastive objective {objective!r}: choose detcon or ntxent")
+        r2o.check_choice("contrastive objective", objective, "detcon", "ntxent")
         self.samples, self.temperature = samples, temperature
         if objective == "ntxent":  # SimCLR's projector ends in batch norm without a shift
             projector, self.predictor = self.online["projector"], None

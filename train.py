@@ -7,8 +7,8 @@
 OUT receives last.pth (from which training resumes automatically), previous.pth, log.jsonl, strip.png and, at the end,
 r2o.pth: the online encoder under torchvision's parameter names.
 
-Exit status: 0 finished; 2 bad arguments, data, disk, memory or loss, in one line; 75 stopped by SIGTERM or SIGUSR1, 130
-by Ctrl-C, after saving: rerun the same command to resume. Under torchrun, all but 0 become its own status, 1.
+Exit status: 0 finished; 2 an error, which one line explains; 75 (SIGTERM, SIGUSR1) or 130 (Ctrl-C) saved: rerun the
+same command to resume. torchrun turns every status but 0 into 1.
 """
 
 import runtime  # isort: skip  # noqa: F401  (says what is not installed)
@@ -27,7 +27,7 @@ import r2o
 from r2o_baselines import Contrastive, Odin
 from runtime import cli, distributed, plan
 from runtime.checkpoint import Checkpoint, need_same
-from runtime.cli import count, natural, need, number, rate
+from runtime.cli import count, natural, need, number, rate, side
 from runtime.folders import print_images
 from runtime.images import ImageList, list_images
 from runtime.loader import Batches, ImageRegions, copy_ahead, load_batches, network_input, step_seed
@@ -62,7 +62,8 @@ def parse_args(argv=None):
     add("--epochs", type=count, default=300, help="passes over the data; raise for small data")
     add("--batch-size", type=count, default=4096, help="images per step, over all processes; lower for small data")
     add("--accum", type=count, default=1, metavar="N", help="micro-batches per step; raise to fit the memory")
-    add("--size", type=number(int, 32), default=224, help="side of the views in pixels; lower only for small images")
+    size = "side of the views in pixels, a multiple of 32; lower only for small images"
+    add("--size", type=side, default=224, help=size)
     add("--lr", type=rate, default=0.3, help="peak for a batch of 256 and K = --lr-k; raise for very short runs")
     lr_k = "multiply the learning rate by K / this; 0: do not (default: 16; 0 unless --objective byol)"
     add("--lr-k", type=rate, help=lr_k)
@@ -225,8 +226,8 @@ def forward_backward(ddp: nn.Module, batches, accum: int, k: int, seed: int, pre
     for part in range(accum):
         batch = next(batches)
         images, views = network_input(batch)
-        last = part == accum - 1 or not isinstance(ddp, DistributedDataParallel)
-        with contextlib.nullcontext() if last else ddp.no_sync():
+        syncs = part == accum - 1 or not isinstance(ddp, DistributedDataParallel)
+        with contextlib.nullcontext() if syncs else ddp.no_sync():
             with autocast(images.device, precision):
                 inputs = images, views, batch["regions"], batch["boxes"], batch["flips"]
                 loss, stats = ddp(*inputs, k, generator, int(batch["num_regions"].max()))

@@ -33,8 +33,8 @@
 # | p | `p` | (B, R, C) | embeddings of R regions |
 # | mu | `mu` | (G, K, C) | centers of the K clusters of each of G groups of images |
 # | m | `m` | (B, H, W) | a cluster's id for each cell of C4; the cells of one id are a *mask* |
-# | m1, m2 | `weights` | (B, K, H, W) each | the share of each cell of C5 that a mask covers, in view 1 and in view 2 |
-# | h, q, z | `h`, `q`, `z` | (rows, …) | features of a mask, its prediction, its projection |
+# | m1, m2 | `weights` | (2B, K, H, W) | the share of each cell of C5 that a mask covers, in view 1 and in view 2 |
+# | h, q, z | `pool_pairs()`, `q`, `z` | (2P, …) | features of a mask, its prediction, its projection |
 # | tau | `tau` | | how slowly the target network follows |
 
 # %%
@@ -226,11 +226,11 @@ about(32 * 32 / count, 13)
 #
 # $$\min_{\mu} \sum_i \min_k \lVert p_i - \mu_k \rVert^2$$
 #
-# m holds, for each cell of C4, the id of the center nearest to its features x, once these are divided by their length, like p. Since
+# m holds the id of the center nearest to each C4 cell's features x, normalized to unit length as p is. Since
 # |x - mu|² = |x|² - 2 (x mu - |mu|² / 2), this is the center with the largest score:
 #
 # ```python
-# scores = x @ mu.mT / length - mu.square().sum(-1)[:, None] / 2  # (G, N, K)
+# scores = x @ mu.mT / length - mu.square().sum(-1)[:, None] / 2  # (G, cells, K)
 # ```
 #
 # See [predict_masks](../r2o.py#L106). [kmeans](../r2o_ops.py#L184) starts from centers far apart (greedy k-means++) and iterates at most
@@ -266,7 +266,7 @@ about(masks_per_image(masks[4]), 3.2)
 # mu, cluster = kmeans_seeded(p, valid, uniforms, iters)  # Eq. (3)
 # ```
 #
-# See [cluster_regions](../r2o.py#L141). N is the number of regions in a group; ids that an image lacks are not `valid`; `uniforms` are
+# See [cluster_regions](../r2o.py#L142). N is the number of regions in a group; ids that an image lacks are not `valid`; `uniforms` are
 # random numbers for the first centers.
 
 # %%
@@ -312,7 +312,7 @@ about(100 * (shared != by_region).float().mean(), 23)
 # m1, m2 = (crop_masks(m, boxes[:, v], flips[:, v], num_clusters, size) for v in (0, 1))  # (B, K, H, W)
 # ```
 #
-# See [masks_in_views](../r2o.py#L186). [crop_masks](../r2o_ops.py#L230) crops and resizes K maps, 1 inside a mask and 0 outside (RoIAlign).
+# See [masks_in_views](../r2o.py#L192). [crop_masks](../r2o_ops.py#L230) crops and resizes K maps, 1 inside a mask and 0 outside (RoIAlign).
 
 
 # %%
@@ -353,7 +353,7 @@ show("views", figure)
 # return torch.cat([m1, m2]), in_both.nonzero()  # on a GPU the host waits here, to learn P
 # ```
 #
-# See the end of [masks_in_views](../r2o.py#L186).
+# See the end of [masks_in_views](../r2o.py#L192).
 
 # %%
 K = 74
@@ -369,7 +369,7 @@ about(100 - 100 * seen.float().mean(), 48)
 
 # %% [markdown]
 # *Each square is one mask of one image. Only the dark ones are used, 44 % of all: both views see them.* The authors' code keeps a row
-# per view for every square. Here 48 % of these rows would be zero vectors, which batch norm in projector and predictor would count.
+# per view for every square. In this batch 48 % of those rows would be zero vectors, and enter batch norm's statistics.
 #
 # ## 8. Features of a mask
 #
@@ -383,7 +383,7 @@ about(100 - 100 * seen.float().mean(), 48)
 # return F.pad(mask_pool(c5, weights, rows), (0, 0, 0, 0 if len(pairs) else 2))
 # ```
 #
-# See [pool_pairs](../r2o.py#L194), which calls [mask_pool](../r2o_ops.py#L257).
+# See [pool_pairs](../r2o.py#L200), which calls [mask_pool](../r2o_ops.py#L257).
 
 # %%
 K, shown = 16, 3
@@ -416,18 +416,18 @@ assert others < 0.1
 
 # %% [markdown]
 # *Right: each square compares a mask in view 1 with a mask in view 2, after subtracting the mean of all h. The diagonal (the same mask)
-# should be the most violet; some other pairs are violet too. Missing numbers are masks that one view does not see. Here one encoder makes
+# should be the most violet; some other pairs are violet too. The axes skip masks that one view does not see. Here one encoder makes
 # both h.* Over the 32 images the cosine is 0.52 for the same mask and below 0.1 for two masks of an image. With K = 1 the mask is the whole
 # view, h is the usual global mean, and R2O is BYOL (A.10).
 #
 # ## 9. The loss
 #
 # The online network theta has one more MLP behind its projector, the predictor: together they turn h into q. The target network xi turns
-# its h into z, without gradient. The loss, Eq. (5), sums Eq. (4) over both directions and averages it over rows:
+# its h into z, without gradient. The loss, Eq. (5), sums Eq. (4) over both directions and averages over pairs:
 #
 # $$\left\lVert \frac{q}{\lVert q \rVert} - \frac{z}{\lVert z \rVert} \right\rVert^2 = 2 - 2 \cos(q, z) \qquad \text{Eq. (4)}$$
 #
-# Here q and z belong to the same image and mask in different views (`roll` swaps them). In `represent()` of [R2O](../r2o.py#L276):
+# Here q and z belong to the same image and mask in different views (`roll` swaps them). In `represent()` of [R2O](../r2o.py#L281):
 #
 # ```python
 # q = self.predictor(self.online["projector"](pool_pairs(c5, weights, pairs)))  # (2P, dim)
@@ -446,7 +446,7 @@ assert others < 0.1
 # ```
 #
 # From here on, a small encoder is trained on 1,000 of `make demo`'s scenes of patterned objects for 16 epochs of 15 steps: K is 32 up to
-# epoch 2, then falls to 6. The notebook has the loop. The curves are for held-out scenes, with K = 6 throughout.
+# epoch 2, then falls to 6. The notebook has the loop. The curves are Eq. (4) on held-out scenes, with K = 6 throughout.
 
 
 # %%
@@ -537,8 +537,8 @@ about_training(losses[-1][1], 1.33)
 # return math.floor(k_end + left * (k_start - k_end) + 1e-9)
 # ```
 #
-# See [num_clusters](../r2o.py#L532). The formula that the paper prints, Eq. (A1), ends at K = 103; this one agrees with its Fig. 5.
-# [Schedule](../r2o.py#L566) gives K, learning rate and tau of every step.
+# See [num_clusters](../r2o.py#L535). The formula that the paper prints, Eq. (A1), ends at K = 103; this one agrees with its Fig. 5.
+# [Schedule](../r2o.py#L568) gives K, learning rate and tau of every step.
 
 # %%
 paper = r2o.Schedule(steps_per_epoch=1_281_167 // 4096)
@@ -557,7 +557,7 @@ about(ks[199], 74, within=0)
 about(max(rates), 38.4)
 
 # %% [markdown]
-# *K and the learning rate are divided by their peaks; tau is scaled from 0.99 … 1 to 0 … 1: the target moves less and less.* K is 119 and 74
+# *K and the learning rate are divided by their peaks; tau, 0.99 to 1, is mapped to 0 to 1: the target moves less and less.* K is 119 and 74
 # at epochs 100 and 200. The learning rate warms up for three epochs to 38.4. As in the authors' code, it has a factor of K / 16, so it
 # falls faster than a cosine; the training of section 9 lacks this factor.
 #

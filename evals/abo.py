@@ -36,7 +36,7 @@ from evals.common import (
 from evals.measures import best_overlap, objects_of
 from evals.truth import add_truth_flags, need_same_shape, open_masks, read_ids, readable
 from runtime import cli, distributed
-from runtime.cli import count, natural, need, need_package, number
+from runtime.cli import count, natural, need, need_package, side
 from runtime.images import PackedList, read_image
 from runtime.regions import slic_prior
 from runtime.storage import write_json
@@ -50,7 +50,7 @@ def parse_args(argv):
     p.add_argument("-k", type=count, nargs="+", help=ks)
     p.add_argument("--group", type=count, default=32, help="images clustered together")
     p.add_argument("--segments", type=count, default=100, help="superpixels that SLIC aims for")
-    p.add_argument("--size", type=number(int, 32), default=224, help="images are resized to this side")
+    p.add_argument("--size", type=side, default=224, help="images are resized to this side")
     add_network_flag(p)
     add_seeds_flag(p)
     p.add_argument("--min-area", type=count, default=1, help="smallest object that counts, in pixels")

@@ -36,7 +36,7 @@ from evals.truth import readable
 from evals.vitdet import SimpleFPN, adamw, set_drop_path
 from r2o_vit import ViT
 from runtime import cli, distributed
-from runtime.cli import natural, need, number
+from runtime.cli import natural, need, side
 from runtime.images import PackedList, read_image
 from runtime.storage import write_json
 
@@ -57,11 +57,10 @@ def parse_args(argv):
     p.add_argument("--schedule", default="1x", choices=EPOCHS, help="12 or 24 epochs, unless --epochs is given")
     warmup = "steps in which the learning rate rises (default: 1000, or a tenth of all steps if that is less)"
     p.add_argument("--warmup", type=natural, help=warmup)
-    p.add_argument("--size", type=number(int, 32), default=1024, help="longer side of the images")
+    p.add_argument("--size", type=side, default=1024, help="longer side of the images")
     p.add_argument("--split", default="train2017", help="split to train on")
     p.add_argument("--val-split", default="val2017", help="split to evaluate on")
     args = p.parse_args(argv)
-    need(args.size % 32 == 0, f"--size must be a multiple of 32, got {args.size}")
     what = "one path, COCO's folder, or four, IMAGES JSON IMAGES JSON: first to train on, then to evaluate on"
     need(len(args.data) in (1, 4), f"--data takes {what}; got {len(args.data)}")
     if len(args.data) == 1:

@@ -148,7 +148,8 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         global command_line
         command_line = list(sys.argv[1:] if args is None else args)
-        need("" not in command_line, "an argument is empty: is a variable of the command not set?")
+        empty = any(word == "" or (word.startswith("--") and word.endswith("=")) for word in command_line)
+        need(not empty, "an argument is empty: is a variable of the command not set?")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
@@ -176,6 +177,14 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
         return x
 
     return parse
+
+
+def side(text: str) -> int:
+    """An argparse type: a multiple of 32, an encoder's largest stride, which region maps must fit too."""
+    pixels = number(int, 32)(text)
+    if pixels % 32:
+        raise argparse.ArgumentTypeError(f"must be a multiple of 32, got {pixels}")
+    return pixels
 
 
 count, natural, rate, seed = number(int, 1), number(int, 0), number(float, 0), number(int, 0, 2**31 - 1)

@@ -24,7 +24,6 @@ size_of = functools.partial(tqdm.format_sizeof, suffix="B")
 
 def check_flags(args):
     """Refuse flags that do not go together, whatever the data."""
-    need(args.size % 32 == 0, f"--size {args.size} does not fit the encoder's strides: pass a multiple of 32")
     cells = f"--arch vit_b makes {args.size // 16} x {args.size // 16} cells of --size {args.size}, too few for masks"
     need(args.arch != "vit_b" or args.size >= 128, f"{cells}: pass --size 128 or more, or --arch tiny")
     if args.masks == "prior":

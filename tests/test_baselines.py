@@ -323,7 +323,7 @@ def test_with_masks_prior_each_region_is_a_mask_and_nothing_is_clustered(monkeyp
     both = [(r2o.crop_masks(regions, boxes[:, v], flips[:, v], 20, 8).sum((2, 3)) > 1e-3) for v in (0, 1)]
     assert stats["pairs"] == (both[0] & both[1]).sum() / 4
     assert stats["masks"] == stats["clusters"] == np.mean([len(r.unique()) for r in regions])
-    with pytest.raises(ValueError, match="choose predicted or prior"):
+    with pytest.raises(ValueError, match="choose one of predicted, prior"):
         r2o.R2O("tiny", masks="slic")
 
 

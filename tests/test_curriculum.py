@@ -40,7 +40,7 @@ def test_k_runs_monotonically_from_start_to_end(epochs, start, end, hold, schedu
 
 @pytest.mark.parametrize("bad", [{"schedule": "square"}, {"k_start": 0}, {"k_end": 0}])
 def test_invalid_schedules_are_refused(bad):
-    with pytest.raises(ValueError, match=r"choose cosine|at least 1"):
+    with pytest.raises(ValueError, match=r"choose one of cosine|at least 1"):
         r2o.num_clusters(1, 10, **bad)
 
 

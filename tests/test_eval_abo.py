@@ -327,6 +327,7 @@ def test_annotations_that_do_not_fit_are_refused(pairs, tmp_path, refused):
 def test_data_and_arguments_that_do_not_fit_are_refused(pairs, tmp_path, refused):
     data = ["--data", pairs / "images", pairs / "masks"]
     assert "-k must be at least 1" in refused(*FLAGS, *data, "-k", 4, 0)
+    assert "--size must be a multiple of 32, got 100" in refused(*FLAGS, *data, "--size", 100)
     assert "--group must be at least 1" in refused(*FLAGS, *data, "--group", 0)
     assert "no object of 9999 pixels" in refused(*FLAGS, *data, "-k", 2, "--min-area", 9999)
     assert "no epoch_" in refused("--ckpt", tmp_path, *data)

@@ -218,7 +218,8 @@ def test_with_more_clusters_than_regions_each_pixel_has_a_used_cluster(assign):
             lambda: r2o.crop_masks(torch.zeros(1, 4, 4).long(), torch.zeros(1, 4), torch.zeros(2), 5, 7),
             "flips must be bool",
         ),
-        (lambda: r2o.R2O("tiny", assign="both"), "choose pixel or region"),
+        (lambda: r2o.R2O("tiny", assign="both"), "choose one of pixel, region"),
+        (lambda: r2o.predict_masks(None, None, 2, None, assign="both"), "choose one of pixel, region"),
         (lambda: r2o.R2O("resnet51"), "no encoder 'resnet51'"),
     ],
 )

@@ -179,7 +179,7 @@ def test_one_batch_can_be_overfitted():
         (["--k-start", "900"], "900 clusters are more than the regions of one K-means (4 images of at most"),
         (["--k-start", "900"], "lower --k-start and --k-end, or raise --kmeans-group"),
         (["--k-start", "900", "--kmeans-group", "16"], "lower --k-start and --k-end, or raise --batch-size"),
-        (["--size", "40"], "pass a multiple of 32"),
+        (["--size", "40"], "--size must be a multiple of 32, got 40"),
         (["--masks", "prior", "--prior", "grid"], "14 x 14 cells, of at least 4 x 4 pixels: pass --size 64 or more"),
         (["--hidden", "99999999999999999999"], "--hidden must be at least 1 and at most 65536"),
         (["--dry-run", "--prepare"], "not allowed with argument --dry-run"),
