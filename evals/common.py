@@ -121,9 +121,12 @@ def read_square(path: str | Path, size: int) -> Tensor:
 
 
 def square_batches(paths: list, size: int):
-    """Normalized batches of at most 256 of the images, for calibrate()."""
-    for i in range(0, min(len(paths), 256), 32):
-        yield r2o.normalize(torch.stack([read_square(path, size) for path in paths[i : i + 32]]))
+    """Normalized batches of the first 256 images, of at most 32 and nearly equal size, for calibrate()."""
+    n = min(len(paths), 256)
+    batches = -(-n // 32)
+    for i in range(batches):
+        part = paths[n * i // batches : n * (i + 1) // batches]
+        yield r2o.normalize(torch.stack([read_square(path, size) for path in part]))
 
 
 def add_json_flag(p: Parser, stem: str):

@@ -23,6 +23,7 @@ def export(args) -> int:
     if out.suffix == ".safetensors":
         need_package("safetensors", f"--out {out}")
     need(out.absolute().parent.is_dir() and not out.is_dir(), f"cannot write {out}: no such folder")
+    need(out.resolve() != Path(args.ckpt).resolve(), f"--out {out} is --ckpt itself: pass another file")
     file = read_weights(args.ckpt)
     layouts = {"tiny": ["r2o", "torchvision"], "vit_b": ["r2o", "torchvision", "timm"]}.get(file["arch"], LAYOUTS)
     arch, others = file["arch"], " or ".join(layouts)

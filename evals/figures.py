@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-import r2o
 from evals import common
 from evals.common import add_encoder_flags, add_network_flag, open_checkpoints, read_square
 from evals.truth import add_truth_flags, open_masks
 from runtime import cli, distributed
-from runtime.cli import count, need, number
+from runtime.cli import count, need, number, side
 from runtime.pictures import evenly, film_strip
+from runtime.regions import slic_prior
 from runtime.storage import make_folder
 
 
@@ -31,7 +31,7 @@ def parse_args(argv):
     p.add_argument("--out", type=Path, default=Path("figures"), help="folder for the PNGs")
     p.add_argument("-k", type=number(int, 1, 256), default=5, help="segments per image in objects and worst")
     p.add_argument("--count", type=count, default=8, help="images in each figure")
-    p.add_argument("--size", type=number(int, 32), default=224, help="images are resized to this side")
+    p.add_argument("--size", type=side, default=224, help="images are resized to this side")
     return p.parse_args(argv)
 
 
@@ -45,8 +45,10 @@ def draw(args) -> int:
         film_strip(columns, zoom=-(-128 // args.size), notes=notes).save(args.out / name)
         print(f"wrote {args.out / name}", flush=True)
 
-    images = torch.stack([read_square(pairs[i][0], args.size) for i in evenly(len(pairs), 32)])
-    regions = torch.stack([r2o.slic_regions(image, size=args.size // 4) for image in images])
+    files = [files[i] for i in evenly(len(files), 32)]
+    images = torch.stack([read_square(path, args.size) for path in files])
+    regions = [slic_prior(path, image, 100, args.size // 4) for path, image in zip(files, images, strict=True)]
+    regions = torch.stack(regions)
     wanted = [(f"epoch {one.epoch}, K = {one.k or 4}", one.encoder, one.k or 4) for one in tested]
     if len(tested) == 1:
         wanted = [(f"K = {k}", tested[0].encoder, k) for k in (128, 64, 32, 16, 8, 4)]

@@ -100,7 +100,7 @@ def crops(data: ImageFolder, indices, args) -> DataLoader:
 def features(encoder, data: ImageFolder, rank: int, world: int, args, device, title: str) -> tuple[Tensor, Tensor]:
     """Unit features (n, C) half, and labels (n,), of every world-th image."""
     own = range(rank, len(data), world)
-    found = torch.empty(len(own), r2o.channels(encoder.layer4), dtype=torch.half, device=device)
+    found = None
     labels = torch.tensor([label for _, label in data.samples], device=device)[rank::world]
     with cli.bar(desc=title, total=len(own), unit="img", disable=rank > 0) as bar:
         for i, (images, _) in enumerate(distributed.iterate(crops(data, own, args))):
@@ -108,6 +108,7 @@ def features(encoder, data: ImageFolder, rank: int, world: int, args, device, ti
             rows = F.normalize(c5.float().mean((2, 3)), dim=1).half()
             sound = bool(rows.isfinite().all())
             need(sound, f"the features of {args.ckpt} are not finite: it comes from a run that diverged")
+            found = rows.new_empty(len(own), rows.shape[1]) if found is None else found
             found[i * args.batch_size :][: len(rows)] = rows
             bar.update(len(rows))
     return found, labels
@@ -130,8 +131,8 @@ def classify(bank, bank_labels, queries, labels, classes: int, ks: list[int], te
             similar, index = similar.topk(max(ks), dim=1)
             owners = owners.gather(1, index)
         for k in ks:
-            ranked = votes(similar[:, :k], owners[:, :k], classes, temperature).topk(min(5, classes), dim=1).indices
-            right = ranked == labels[at, None]
+            top = votes(similar[:, :k], owners[:, :k], classes, temperature).topk(min(5, classes), dim=1)
+            right = (top.indices == labels[at, None]) & (top.values > 0)
             hits[k][0] += right[:, 0].sum().item()
             hits[k][1] += right.any(1).sum().item()
     return {k: {"top-1": 100 * a / n, "top-5": 100 * b / n} for k, (a, b) in hits.items()}

@@ -235,7 +235,7 @@ class LabelIds(Dataset):
 def shape_of(path: Path) -> tuple[int, int]:
     """An image's height and width, from its header, with EXIF orientation applied."""
     with Image.open(path) as file:
-        turned = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        turned = file.format != "TIFF" and file.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # a TIFF's size is
         return file.size if turned else file.size[::-1]
 
 

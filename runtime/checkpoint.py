@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -13,6 +14,7 @@ from runtime.cli import UsageError, need, warn
 from runtime.storage import save_or_warn
 
 DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError, zlib.error, zipfile.BadZipFile)
+DAMAGE += (struct.error, AssertionError, TypeError)  # PyTorch's, of files in its format before 1.6
 
 
 def load_file(path: str | Path) -> dict:

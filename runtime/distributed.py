@@ -89,7 +89,7 @@ def to_device(model: nn.Module) -> nn.Module:
 
 def agree(finite: torch.Tensor, stop_requested: bool) -> tuple[bool, bool]:
     """Whether the step was finite on all ranks, and whether a stop was requested on any: the same answer everywhere."""
-    flags = torch.stack([~finite, torch.tensor(stop_requested, device=finite.device)]).float()
+    flags = torch.stack([~finite, torch.full_like(finite, stop_requested)]).float()
     if dist.is_initialized():
         dist.all_reduce(flags, dist.ReduceOp.MAX)
     bad, stop = flags.bool().tolist()

@@ -30,7 +30,8 @@ def read_image(path: str | Path) -> Tensor:
     data = Path(path).read_bytes()  # opened once: a network disk may take long for each
     try:
         with Image.open(io.BytesIO(data)) as file:
-            if file.format != "GIF":  # damaged ones crash torchvision (pytorch/vision issue 9551)
+            # torchvision crashes on damaged GIFs (pytorch/vision issue 9551), and ignores a WebP's orientation.
+            if file.format not in ("GIF", "WEBP"):
                 try:
                     code = torch.frombuffer(bytearray(data), dtype=torch.uint8)
                     image = decode_image(code, ImageReadMode.RGB, apply_exif_orientation=True)

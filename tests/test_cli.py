@@ -78,7 +78,8 @@ def test_a_newline_in_a_name_leaves_the_message_whole(capsys):
 
 
 def test_an_empty_argument_is_refused(refuse):
-    assert "an argument is empty: is a variable of the command not set?" in refuse("--data", "x", "--out", "")
+    for flags in (["--out", ""], ["--subset="]):
+        assert "an argument is empty: is a variable of the command not set?" in refuse("--data", "x", *flags)
 
 
 def test_results_go_through_links_and_to_devices(tmp_path):

@@ -11,6 +11,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
 import r2o
+from evals.scenes import shape_of
 from runtime.images import list_images, read_image
 from runtime.loader import ImageRegions
 from runtime.regions import region_maps
@@ -198,11 +199,13 @@ def test_every_image_format_is_read_as_rgb(tmp_path, name, convert):
     assert (image.float().mean() - want.mean()).abs() < 2
 
 
-def test_exif_orientation_is_applied(tmp_path):
+@pytest.mark.parametrize("name", ["turned.jpg", "turned.png", "turned.webp", "turned.tif"])
+def test_exif_orientation_is_applied(tmp_path, name):
     im, exif = picture(0), Image.Exif()
     exif[0x0112] = 6  # the camera was turned
-    im.save(tmp_path / "turned.jpg", exif=exif)
-    assert read_image(tmp_path / "turned.jpg").shape == (3, 80, 64)
+    im.save(tmp_path / name, exif=exif)
+    assert read_image(tmp_path / name).shape == (3, 80, 64)
+    assert shape_of(tmp_path / name) == (80, 64)
 
 
 def test_an_image_of_one_pixel_gives_a_sample(tmp_path):

@@ -29,6 +29,11 @@ def test_the_metrics_by_hand():
     assert score["pixel accuracy"] == pytest.approx(9 / 12)
 
 
+def test_an_image_of_foreground_alone_can_be_perfect():
+    segments = torch.zeros(2, 2, dtype=torch.long)
+    assert measures.match_foreground(segments, 1, segments == 0)[1]["mean IoU"] == 1
+
+
 def test_void_pixels_are_ignored():
     truth, void = torch.tensor([[1, 1, 0, 0, 0, 0]]).bool(), torch.tensor([[0, 0, 1, 0, 0, 0]]).bool()
     segments = torch.tensor([[1, 1, 1, 0, 0, 0]])

@@ -194,6 +194,7 @@ def test_weights_that_do_not_fit_are_refused_with_the_number_matched(ours, tmp_p
         out = tmp_path / f"o.{suffix}"
         assert f"does not go with --to {layout}" in refused("--ckpt", ours[0], "--to", layout, "--out", out)
     assert "no such folder" in refused("--ckpt", ours[0], "--to", "timm", "--out", tmp_path / "no/o.pth")
+    assert "is --ckpt itself" in refused("--ckpt", ours[0], "--to", "r2o", "--out", ours[0])
     (tmp_path / "torn.safetensors").write_bytes(b"1234")
     assert "is it complete" in refused(
         "--ckpt", tmp_path / "torn.safetensors", "--to", "r2o", "--out", tmp_path / "o.pth"
