@@ -5,7 +5,7 @@
 #   make test    lint, build, run the tests (8 minutes on 2 cores)
 #   make bench   time every op, the mask step and the train step beside other ways to do them: 30 minutes on 2 cores
 #                DEVICE=cuda: on a GPU; BENCH="--images photos --authors DIR": flags of bench/bench.py
-#   make gpu     all that needs a GPU, in five stages of at most 9 minutes; needs PyTorch there, and no network
+#   make gpu     all that needs a GPU, in five stages of at most 7 minutes; needs PyTorch there, and no network
 #                STAGE=3: one stage; GPU="--seconds 120 --authors DIR --data DIR --photos DIR": flags of bench/gpu.py
 #   make emulate    run the CUDA kernels on a CPU, and check every access they make: 2 minutes on 2 cores; part of make test
 #   make sanitize   the tests of the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer

@@ -20,6 +20,7 @@
 #define __launch_bounds__(...)
 #define __align__(n)
 #define C10_CUDA_KERNEL_LAUNCH_CHECK()
+#define C10_CUDA_CHECK(status)
 
 struct dim3 {
   unsigned x, y, z;
@@ -127,7 +128,7 @@ std::common_type_t<A, B> max(A a, B b) {
 }
 
 // The few names of the CUDA runtime and of c10/cuda.
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 8;
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, int, int bytes) {
   emulate::allow_shared(kernel, bytes);
