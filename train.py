@@ -7,8 +7,8 @@
 OUT receives last.pth (from which training resumes automatically), previous.pth, log.jsonl, strip.png and, at the end,
 r2o.pth: the online encoder under torchvision's parameter names.
 
-Exit status: 0 finished; 2 an error, which one line explains; 75 (SIGTERM, SIGUSR1) or 130 (Ctrl-C) saved: rerun the
-same command to resume. torchrun turns every status but 0 into 1.
+Exit status: 0 finished; 2 an error, which one line explains; 75 (SIGTERM, SIGUSR1) or 130 (Ctrl-C) stopped after
+saving: rerun the same command to resume. torchrun turns every status but 0 into 1.
 """
 
 import runtime  # isort: skip  # noqa: F401  (says what is not installed)

@@ -50,7 +50,7 @@ def parse_args(argv):
     p.add_argument("-k", type=count, nargs="+", help=ks)
     p.add_argument("--group", type=count, default=32, help="images clustered together")
     p.add_argument("--segments", type=count, default=100, help="superpixels that SLIC aims for")
-    p.add_argument("--size", type=side, default=224, help="images are resized to this side")
+    p.add_argument("--size", type=side, default=224, help="images are resized to this side, a multiple of 32")
     add_network_flag(p)
     add_seeds_flag(p)
     p.add_argument("--min-area", type=count, default=1, help="smallest object that counts, in pixels")

@@ -57,7 +57,7 @@ def parse_args(argv):
     p.add_argument("--schedule", default="1x", choices=EPOCHS, help="12 or 24 epochs, unless --epochs is given")
     warmup = "steps in which the learning rate rises (default: 1000, or a tenth of all steps if that is less)"
     p.add_argument("--warmup", type=natural, help=warmup)
-    p.add_argument("--size", type=side, default=1024, help="longer side of the images")
+    p.add_argument("--size", type=side, default=1024, help="longer side of the images, a multiple of 32")
     p.add_argument("--split", default="train2017", help="split to train on")
     p.add_argument("--val-split", default="val2017", help="split to evaluate on")
     args = p.parse_args(argv)

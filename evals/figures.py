@@ -31,7 +31,7 @@ def parse_args(argv):
     p.add_argument("--out", type=Path, default=Path("figures"), help="folder for the PNGs")
     p.add_argument("-k", type=number(int, 1, 256), default=5, help="segments per image in objects and worst")
     p.add_argument("--count", type=count, default=8, help="images in each figure")
-    p.add_argument("--size", type=side, default=224, help="images are resized to this side")
+    p.add_argument("--size", type=side, default=224, help="images are resized to this side, a multiple of 32")
     return p.parse_args(argv)
 
 

@@ -233,9 +233,11 @@ class LabelIds(Dataset):
 
 
 def shape_of(path: Path) -> tuple[int, int]:
-    """An image's height and width, from its header, with EXIF orientation applied."""
+    """An image's height and width, from its header if possible, with EXIF orientation applied."""
     with Image.open(path) as file:
-        turned = file.format != "TIFF" and file.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # a TIFF's size is
+        if file.format == "TIFF":  # whether its size is turned depends on Pillow's version
+            return tuple(read_image(path).shape[1:])
+        turned = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return file.size if turned else file.size[::-1]
 
 

@@ -148,7 +148,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         global command_line
         command_line = list(sys.argv[1:] if args is None else args)
-        empty = any(word == "" or (word.startswith("--") and word.endswith("=")) for word in command_line)
+        empty = any(re.fullmatch(r"(--[\w-]+=)?", word) for word in command_line)
         need(not empty, "an argument is empty: is a variable of the command not set?")
         return super().parse_known_args(args, namespace)
 

@@ -80,6 +80,7 @@ def test_a_newline_in_a_name_leaves_the_message_whole(capsys):
 def test_an_empty_argument_is_refused(refuse):
     for flags in (["--out", ""], ["--subset="]):
         assert "an argument is empty: is a variable of the command not set?" in refuse("--data", "x", *flags)
+    assert "no such folder: x=" in refuse("--data=x=")
 
 
 def test_results_go_through_links_and_to_devices(tmp_path):

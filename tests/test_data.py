@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as TF
 import r2o
 from evals.scenes import shape_of
 from runtime.images import list_images, read_image
-from runtime.loader import ImageRegions
+from runtime.loader import ImageRegions, step_seed
 from runtime.regions import region_maps
 
 fuzz = settings(max_examples=25, deadline=None, derandomize=True)
@@ -172,6 +172,13 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(data):
     assert not torch.equal(one["boxes"], other_epoch["boxes"]) and not torch.equal(one["boxes"], data[3, 6]["boxes"])
     loader = torch.utils.data.DataLoader(data, batch_sampler=[[(3, 5), (3, 6)]], num_workers=2)
     assert torch.equal(next(iter(loader))["views"][0], one["views"])
+
+
+def test_every_seed_step_and_rank_draws_other_numbers():
+    """PyTorch's CPU generator ignores all but 32 bits of a seed."""
+    seeds = [step_seed(*numbers) for numbers in ((0, 5), (1, 5), (2**31 - 1, 5), (0, 6), (0, 5, 1))]
+    drawn = {torch.rand((), generator=torch.Generator().manual_seed(seed)).item() for seed in seeds}
+    assert len(drawn) == len(seeds)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
