@@ -369,7 +369,7 @@ about(100 - 100 * seen.float().mean(), 48)
 
 # %% [markdown]
 # *Each square is one mask of one image. Only the dark ones are used, 44 % of all: both views see them.* The authors' code keeps a row
-# per view for every square. In this batch 48 % of those rows would be zero vectors, and enter batch norm's statistics.
+# per view for every square. In this batch 48 % of those rows would be zero vectors, and would enter batch norm's statistics.
 #
 # ## 8. Features of a mask
 #
