@@ -40,7 +40,7 @@ def match_foreground(
     ious = [iou(segments == s, truth) for s in range(k)]
     best = int(np.argmax(ious))
     predicted = segments == best
-    background = iou(~predicted, ~truth) if not (predicted & truth).all() else 1.0  # of no pixel, all right
+    background = 1.0 if (predicted & truth).all() else iou(~predicted, ~truth)  # none in either: all right
     return best, {
         "foreground IoU": ious[best],
         "mean IoU": (ious[best] + background) / 2,
