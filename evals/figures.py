@@ -47,8 +47,7 @@ def draw(args) -> int:
 
     files = [files[i] for i in evenly(len(files), 32)]
     images = torch.stack([read_square(path, args.size) for path in files])
-    regions = [slic_prior(path, image, 100, args.size // 4) for path, image in zip(files, images, strict=True)]
-    regions = torch.stack(regions)
+    regions = torch.stack([slic_prior(*x, 100, args.size // 4) for x in zip(files, images, strict=True)])
     wanted = [(f"epoch {one.epoch}, K = {one.k or 4}", one.encoder, one.k or 4) for one in tested]
     if len(tested) == 1:
         wanted = [(f"K = {k}", tested[0].encoder, k) for k in (128, 64, 32, 16, 8, 4)]
