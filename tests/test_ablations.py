@@ -192,7 +192,7 @@ def test_the_sweep_chooses_the_best_rate_the_first_of_equals():
 def test_train_accepts_the_flags_of_every_run():
     runs = rows.programme({kind: (1, 0) for kind in rows.SWEPT})
     settings = {run: train.parse_args([*run.settings({})["train.py"].split(), "--data", "x"]) for run in runs[3:]}
-    assert len(settings) == 79 and {args.size for args in settings.values()} == {64}
+    assert len(settings) == 81 and {args.size for args in settings.values()} == {64}
     k = {run.row: (args.k_start, args.k_end, args.schedule) for run, args in settings.items()}
     assert k["r2o"] == (32, 6, "cosine") and k["rising"] == (6, 32, "cosine") and k["fixed-40"][::2] == (40, "constant")
     shown = {row for table in rows.TABLES.values() for row in table}
